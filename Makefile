@@ -1,0 +1,45 @@
+# Every target makes or reuses .venv; nothing else is needed on a fresh machine but Python and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# make demo and make test never need a network once the packages are installed.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := true
+
+.PHONY: setup demo test lint format base clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plots]"
+	touch $@
+
+demo: setup
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		recipes/sft.py
+	@echo
+	@echo 'The same question in both modes:'
+	@$(BIN)/thinkfusion chat runs/tiny --mode thinking 'What is the sum of the digits of 48291 modulo 10?'
+	@$(BIN)/thinkfusion chat runs/tiny --mode non_thinking 'What is the sum of the digits of 48291 modulo 10?'
+	@echo
+	@echo 'Talk to it: $(BIN)/thinkfusion chat runs/tiny'
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+base: setup
+	$(BIN)/python recipes/tiny_base.py --output_dir thinkfusion/tiny_base
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache build *.egg-info

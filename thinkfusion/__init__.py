@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""thinkfusion: one Mixture-of-Experts chat model with two modes, thinking and non-thinking, and a switch that works.
+
+The public names load when they are first used, so that `import thinkfusion` needs neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Mode": "modes",
+    "Reply": "modes",
+    "Scheme": "modes",
+    "split_reply": "modes",
+    "TaskSample": "tasks",
+    "generate_samples": "tasks",
+    "grade": "tasks",
+    "Conversation": "conversations",
+    "DataError": "conversations",
+    "Exchange": "conversations",
+    "Message": "conversations",
+    "RecordOptions": "records",
+    "RowReport": "records",
+    "read_conversations": "records",
+    "mix": "mixture",
+    "chat_template": "dialects",
+    "install_chat_template": "dialects",
+    "Rendered": "rendering",
+    "Renderer": "rendering",
+    "render": "rendering",
+    "PaddingCollator": "packing",
+    "prepare": "packing",
+    "lora_config": "moe",
+    "reply": "generation",
+    "stream_reply": "generation",
+    "EvaluationPrompt": "evaluation",
+    "ModeReport": "evaluation",
+    "evaluate_modes": "evaluation",
+    "read_prompts": "evaluation",
+    "task_prompts": "evaluation",
+    "mode_table": "reporting",
+    "save_report": "reporting",
+    "export_checkpoint": "checkpointing",
+    "load_checkpoint": "checkpointing",
+    "ModeEvaluationCallback": "training",
+    "ThinkFusionConfig": "training",
+    "ThinkFusionTrainer": "training",
+}
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from thinkfusion.checkpointing import export_checkpoint, load_checkpoint
+    from thinkfusion.conversations import Conversation, DataError, Exchange, Message
+    from thinkfusion.dialects import chat_template, install_chat_template
+    from thinkfusion.evaluation import EvaluationPrompt, ModeReport, evaluate_modes, read_prompts, task_prompts
+    from thinkfusion.generation import reply, stream_reply
+    from thinkfusion.mixture import mix
+    from thinkfusion.modes import Mode, Reply, Scheme, split_reply
+    from thinkfusion.moe import lora_config
+    from thinkfusion.packing import PaddingCollator, prepare
+    from thinkfusion.records import RecordOptions, RowReport, read_conversations
+    from thinkfusion.rendering import Rendered, Renderer, render
+    from thinkfusion.reporting import mode_table, save_report
+    from thinkfusion.tasks import TaskSample, generate_samples, grade
+    from thinkfusion.training import ModeEvaluationCallback, ThinkFusionConfig, ThinkFusionTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'thinkfusion' has no attribute {name!r}")
+    return getattr(import_module(f"thinkfusion.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

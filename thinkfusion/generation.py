@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replying in a mode: one conversation, a batch, or a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from thinkfusion.conversations import Conversation, DataError, Message
+from thinkfusion.dialects import installed_template
+from thinkfusion.modes import THINK_CLOSE, THINK_OPEN, Mode, Reply, Scheme, split_reply, split_soft_switch
+from thinkfusion.rendering import Renderer, scheme_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def choose_mode(messages: Messages, mode: Mode | str | bool | None, default: Mode = Mode.THINKING) -> Mode:
+    """The mode of the next reply: `mode` if given, else the latest `/think` or `/no_think`, else `default`."""
+    if mode is not None:
+        return Mode.parse(mode)
+    for message in reversed(messages):
+        if message.get("role") in ("user", "system") and isinstance(message.get("content"), str):
+            asked = split_soft_switch(message["content"])[1]
+            if asked is not None:
+                return asked
+    return default
+
+
+class Prompter:
+    """Makes prompts for one tokenizer; keeps what is costly to build.
+
+    With a template of ours, texts of the messages are data: control strings in them stay ordinary text. With any
+    other template, `apply_chat_template` is used with both names of the switch.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.scheme: Scheme = scheme_of(tokenizer)
+        template = installed_template(tokenizer)
+        self.default_mode = template.default_mode if template else Mode.THINKING
+        self._renderer = Renderer(tokenizer) if template else None
+
+    def prompt_ids(self, messages: Messages, mode: Mode, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """The ids of the generation prompt of `mode`. Raises DataError for messages that are no conversation."""
+        if not messages:
+            raise DataError("empty_conversation", "messages: found none, expected at least one user message.")
+        if self._renderer is None:
+            switch = mode is Mode.THINKING
+            prompt = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                add_generation_prompt=True,
+                enable_thinking=switch,
+                thinking=switch,
+                return_dict=True,
+            )
+            return list(prompt["input_ids"])
+        history, pending = _split_pending(messages, tools)
+        return self._renderer.encode([self._renderer.prompt_segments(history, mode, pending)])[0][0]
+
+
+def _split_pending(messages: Messages, tools: Sequence[Mapping[str, Any]] | None) -> tuple[Conversation, list[Message]]:
+    """The finished exchanges, and the messages from the last user message on."""
+    # An answer is put in the place of the one that is to come, so that one reader checks all conversations.
+    shown = [*messages, {"role": "assistant", "content": "…"}]
+    shown = [{**message, "content": _plain_content(message)} for message in shown]
+    conversation = Conversation.from_messages(shown, tools=tools)
+    last = conversation.exchanges[-1]
+    history = Conversation(conversation.exchanges[:-1], conversation.system, conversation.tools)
+    return history, [last.user, *last.steps[:-1]]
+
+
+def _plain_content(message: Mapping[str, Any]) -> Any:
+    """Text parts joined, as the template joins them."""
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def reply(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages | str,
+    *,
+    mode: Mode | str | bool | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Reply:
+    """Reply to `messages` (or to one user message, given as text), split into reasoning and answer.
+
+    Without `mode`, the latest soft switch in the messages decides, and else the template's default. A temperature
+    of 0 is greedy decoding. The prompt comes from the messages with their texts as data (see `Prompter`).
+
+    Raises DataError if the messages are no conversation that ends with a user message or a tool result, ValueError
+    for an unknown mode or a template without a switch.
+    """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    prompter = Prompter(tokenizer)
+    chosen = choose_mode(messages, mode, prompter.default_mode)
+    ids = prompter.prompt_ids(messages, chosen, tools)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    return generate(model, tokenizer, [ids], [chosen], sampling, scheme=prompter.scheme)[0]
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn: at most `max_new_tokens`, greedily at temperature 0."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of `generate`; every setting is given, so that the checkpoint's own do not mix in."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        else:
+            options |= {"temperature": None, "top_p": None, "top_k": None}
+        return options
+
+
+@contextmanager
+def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, no router logits (they fail with left padding), a cache; all put back afterwards."""
+    config = model.config.get_text_config()
+    training, logits = model.training, getattr(config, "output_router_logits", None)
+    checkpointing = getattr(model, "is_gradient_checkpointing", False)
+    model.eval()
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    if logits is not None:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        model.train(training)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        if logits is not None:
+            config.output_router_logits = logits
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    modes: Sequence[Mode],
+    sampling: Sampling,
+    *,
+    scheme: Scheme | str = "control",
+) -> list[Reply]:
+    """Continue prompts (ids, of any lengths) in one left-padded batch; one Reply each, in their order.
+
+    The model is left as it was found: training mode, gradient checkpointing and configuration.
+    """
+    import torch
+
+    length = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    mask = (torch.arange(length, device=model.device) >= length - lengths[:, None]).long()
+    with _ready_to_generate(model), torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, use_cache=True, **sampling.options())
+    ends = _end_ids(model, tokenizer)
+    replies = []
+    for row, mode in zip(out[:, length:].tolist(), modes, strict=True):
+        stop = next((index for index, token in enumerate(row) if token in ends), None)
+        replies.append(split_reply(row[:stop], mode, tokenizer=tokenizer, finished=stop is not None, scheme=scheme))
+    return replies
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+
+class Chunk(NamedTuple):
+    """A piece of a streamed reply; `part` is "reasoning" or "answer"."""
+
+    part: str
+    text: str
+
+
+def stream_reply(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    mode: Mode | str | bool | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Iterator[Chunk]:
+    """Like `reply`, but yields the reply in pieces while it is generated. Tags are taken out, by id.
+
+    An error while generating is raised here, after the pieces that came before it.
+    """
+    import torch
+    from transformers import TextIteratorStreamer
+
+    class Parts(TextIteratorStreamer):
+        """Puts tags into the queue as tuples, by id; other ids are decoded by transformers' own streamer."""
+
+        def put(self, value: Any) -> None:
+            if not self.next_tokens_are_prompt and value.numel() == 1 and int(value) in tags:
+                self.end()
+                self.next_tokens_are_prompt: bool = False
+                self.text_queue.put((tags[int(value)],))
+            else:
+                super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            # The queue is closed by the thread, since a flush before a tag is not the end.
+            if text:
+                self.text_queue.put(text)
+
+    prompter = Prompter(tokenizer)
+    chosen = choose_mode(messages, mode, prompter.default_mode)
+    ids = prompter.prompt_ids(messages, chosen, tools)
+    tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in (THINK_OPEN, THINK_CLOSE)}
+    streamer = Parts(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with _ready_to_generate(model), torch.no_grad():
+                inputs = torch.tensor([ids], device=model.device)
+                model.generate(
+                    input_ids=inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    pad_token_id=tokenizer.pad_token_id,
+                    streamer=streamer,
+                    **Sampling(max_new_tokens, temperature, top_p).options(),
+                )
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            streamer.text_queue.put(streamer.stop_signal)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    opens = chosen is Mode.THINKING and prompter.scheme.thinking_prefix
+    part = "reasoning" if opens else "answer"
+    for piece in streamer:
+        if isinstance(piece, tuple):
+            part = "reasoning" if piece == (THINK_OPEN,) else "answer"
+        else:
+            yield Chunk(part, piece)
+    thread.join()
+    if failures:
+        raise failures[0]

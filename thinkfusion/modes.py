@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two modes: how a prompt announces them, how a user switches, and what a reply in each must look like."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THINK_OPEN = "<think>"
+THINK_CLOSE = "</think>"
+
+
+class Mode(str, Enum):
+    """How a model replies: THINKING reasons first, NON_THINKING answers at once."""
+
+    THINKING = "thinking"
+    NON_THINKING = "non_thinking"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def parse(cls, value: Mode | str | bool) -> Mode:
+        """The mode that `value` names: a Mode, its name ("thinking", "non-thinking"), or a switch (True, False).
+
+        Raises ValueError for anything else, with the values that are understood.
+        """
+        if isinstance(value, bool):
+            return cls.THINKING if value else cls.NON_THINKING
+        if isinstance(value, str):
+            name = value.strip().lower().replace("-", "_").replace(" ", "_")
+            if name in cls._value2member_map_:
+                return cls(name)
+        raise ValueError(f"unknown mode {value!r}; use 'thinking' or 'non_thinking' (or True, False).")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Which tokens open and close the modes. Each field is a sequence of pieces, text and control strings apart.
+
+    The `*_prefix` fields belong to the generation prompt (never in the loss), `thinking_start` and
+    `thinking_end` are written by the model (always in the loss), `history_prefix` stands before the answer of
+    an earlier turn. The table of the families is in the documentation of `SCHEMES`.
+    """
+
+    name: str
+    thinking_prefix: tuple[str, ...]
+    thinking_start: tuple[str, ...]
+    thinking_end: tuple[str, ...]
+    non_thinking_prefix: tuple[str, ...]
+    history_prefix: tuple[str, ...]
+
+    def prefix(self, mode: Mode) -> tuple[str, ...]:
+        """What the generation prompt ends in, after the assistant header."""
+        return self.thinking_prefix if mode is Mode.THINKING else self.non_thinking_prefix
+
+    @property
+    def history_is_non_thinking(self) -> bool:
+        """Whether an earlier turn is rendered exactly as it was answered in non-thinking mode."""
+        return self.history_prefix == self.non_thinking_prefix
+
+
+CONTROL = Scheme(
+    name="control",
+    thinking_prefix=(THINK_OPEN,),
+    thinking_start=(),
+    thinking_end=(THINK_CLOSE,),
+    non_thinking_prefix=(THINK_CLOSE,),
+    history_prefix=(THINK_CLOSE,),
+)
+EMPTY_BLOCK = Scheme(
+    name="empty-block",
+    thinking_prefix=(),
+    thinking_start=(THINK_OPEN, "\n"),
+    thinking_end=("\n", THINK_CLOSE, "\n\n"),
+    non_thinking_prefix=(THINK_OPEN, "\n\n", THINK_CLOSE, "\n\n"),
+    history_prefix=(),
+)
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (CONTROL, EMPTY_BLOCK)}
+"""`control` (the default): the prompt ends in `<think>` or `</think>`, one token that differs, as in A.X K1 and
+DeepSeek-V3.1. `empty-block`: nothing, or `<think>\\n\\n</think>\\n\\n`, for compatibility with Qwen3."""
+
+
+def get_scheme(scheme: Scheme | str) -> Scheme:
+    """The scheme called `scheme`; raises ValueError with the known names."""
+    if isinstance(scheme, Scheme):
+        return scheme
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r}; choose one of {', '.join(SCHEMES)}.")
+    return SCHEMES[scheme]
+
+
+_SOFT_SWITCH = re.compile(r"(?:^|(?<=\s))/(think|no_think)\s*\Z")
+
+
+def split_soft_switch(text: str) -> tuple[str, Mode | None]:
+    """The text of a user or system message without a final `/think` or `/no_think`, and the mode it asks for.
+
+    A switch is the last word of the message, on a line of its own or not; without one the text is returned
+    unchanged, white space included.
+    """
+    found = _SOFT_SWITCH.search(text)
+    if found is None:
+        return text, None
+    return text[: found.start()].rstrip(), Mode.THINKING if found[1] == "think" else Mode.NON_THINKING
+
+
+REPLY_CLASSES = ("ok", "never_closed", "empty_trace", "extra_tag", "empty_answer", "truncated")
+"""The classes of a reply. `truncated` (the token limit was hit) is no format error, and is counted apart."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply, split. Unpacks as `reasoning, answer = reply`.
+
+    `reasoning` and `answer` are text without control tokens and without outer white space; `kind` is one of
+    REPLY_CLASSES; `finished` is False when the token limit cut the reply. The token counts are None when the
+    reply was split from text.
+    """
+
+    mode: Mode
+    reasoning: str
+    answer: str
+    kind: str
+    finished: bool = True
+    reasoning_tokens: int | None = None
+    answer_tokens: int | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.reasoning, self.answer))
+
+    @property
+    def format_error(self) -> bool:
+        """Whether the reply broke its mode's format; a truncated reply did not."""
+        return self.kind not in ("ok", "truncated")
+
+
+def split_reply(
+    text_or_ids: str | Sequence[int],
+    mode: Mode | str | bool,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    finished: bool | None = None,
+    scheme: Scheme | str = CONTROL,
+    end_of_turn: str = "<|im_end|>",
+) -> Reply:
+    """Split what a model generated after the generation prompt of `mode` into reasoning and answer.
+
+    Given ids (and the `tokenizer` they belong to), control tokens are recognised by id, so that a `</think>`
+    spelled out of ordinary tokens is text; the reply ends at the tokenizer's end-of-turn token, and is finished
+    if that token is there. Given text, they are recognised by their strings, the reply ends at `end_of_turn`,
+    and counts as finished unless `finished=False` says that a token limit cut it.
+
+    Never fails on what a model wrote: every reply gets exactly one class of REPLY_CLASSES, in this order:
+    `extra_tag` (a tag where the mode has none), `truncated`, `never_closed`, `empty_trace`, `empty_answer`, `ok`.
+    Where a format is broken, reasoning and answer are the best reading of it: a thinking reply without
+    `</think>` is all reasoning when it was cut, and all answer when it ended by itself.
+
+    Raises ValueError for an unknown mode or scheme, or ids without a tokenizer.
+    """
+    mode, scheme = Mode.parse(mode), get_scheme(scheme)
+    if isinstance(text_or_ids, str):
+        text, found, _ = text_or_ids.partition(end_of_turn)
+        pieces = re.split(f"({re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)})", text)
+        texts, tags, counts = pieces[::2], pieces[1::2], None
+        done = True if finished is None else finished or bool(found)
+    else:
+        if tokenizer is None:
+            raise ValueError("split_reply: ids need the tokenizer they belong to: pass tokenizer=….")
+        texts, tags, counts, done = _split_ids(list(map(int, text_or_ids)), tokenizer)
+        done = done if finished is None else finished
+    return _read(texts, tags, counts, mode=mode, scheme=scheme, finished=done)
+
+
+def _split_ids(ids: list[int], tokenizer: Any) -> tuple[list[str], list[str], list[int], bool]:
+    """Texts between the tags, the tags, tokens per text, and whether the reply ended by itself."""
+    end = next((index for index, token in enumerate(ids) if token == tokenizer.eos_token_id), None)
+    names = {tokenizer.convert_tokens_to_ids(tag): tag for tag in (THINK_OPEN, THINK_CLOSE)}
+    parts: list[list[int]] = [[]]
+    tags = []
+    for token in ids[:end]:
+        if token in names:
+            tags.append(names[token])
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    # Decoded at once and not token by token: a character may be spread over several tokens.
+    texts = [tokenizer.decode(part, skip_special_tokens=True) if part else "" for part in parts]
+    return texts, tags, [len(part) for part in parts], end is not None
+
+
+def _read(
+    texts: list[str], tags: list[str], counts: list[int] | None, *, mode: Mode, scheme: Scheme, finished: bool
+) -> Reply:
+    if mode is Mode.THINKING and scheme.thinking_start and tags[:1] == [THINK_OPEN] and not texts[0].strip():
+        texts, tags = texts[1:], tags[1:]
+        counts = counts[1:] if counts else None
+    # With every reading, what precedes `split` is reasoning and the rest is the answer.
+    closes = tags.index(THINK_CLOSE) + 1 if THINK_CLOSE in tags else None
+    if closes is not None:
+        split = closes
+    elif mode is Mode.THINKING and not finished:
+        split = len(texts)
+    else:
+        split = 0
+    reasoning, answer = "".join(texts[:split]).strip(), "".join(texts[split:]).strip()
+    expected = [THINK_CLOSE] if mode is Mode.THINKING else []
+    if tags and tags != expected:
+        kind = "extra_tag"
+    elif not finished:
+        kind = "truncated"
+    elif tags != expected:
+        kind = "never_closed"
+    elif mode is Mode.THINKING and not reasoning:
+        kind = "empty_trace"
+    elif not answer:
+        kind = "empty_answer"
+    else:
+        kind = "ok"
+    return Reply(
+        mode=mode,
+        reasoning=reasoning,
+        answer=answer,
+        kind=kind,
+        finished=finished,
+        reasoning_tokens=sum(counts[:split]) if counts is not None else None,
+        answer_tokens=sum(counts[split:]) if counts is not None else None,
+    )

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mode report for people and programs: a table, and `mode_report.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from thinkfusion.evaluation import ModeReport
+from thinkfusion.modes import Mode
+
+REPORT_NAME = "mode_report.json"
+REPLIES_NAME = "replies.jsonl"
+RATES = ("format_error", "truncated", "leakage", "accuracy")
+MEANS = ("reasoning_tokens", "answer_tokens")
+
+
+def _cell(values: dict[str, Any], name: str) -> str:
+    """A figure with its 95 % interval: percent for a rate, one decimal for a mean."""
+    value, interval = values[name], values[f"{name}_interval"]
+    if value is None:
+        return "-"
+    if name in MEANS:
+        return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
+    return f"{100 * value:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _table_rows(report: ModeReport) -> Iterator[tuple[str, list[str]]]:
+    modes = [report.modes[mode.value] for mode in Mode]
+    for name in RATES:
+        yield name.replace("_", " "), [_cell(values, name) for values in modes]
+        if name == "accuracy":
+            for task, values in modes[0]["tasks"].items():
+                if values["accuracy"] is not None:
+                    yield f"  {task}", [_cell(each["tasks"][task], "accuracy") for each in modes]
+    for name in MEANS:
+        yield name.replace("_", " "), [_cell(values, name) for values in modes]
+
+
+def mode_table(report: ModeReport) -> str:
+    """The report as a table in plain text: a row per figure, a column per mode, 95 % intervals in brackets."""
+    heads = [mode.value.replace("_", "-") for mode in Mode]
+    rows = [(f"{report.samples:,} prompts per mode", heads), *_table_rows(report)]
+    widths = [max(len(row[0]) for row in rows)] + [max(len(row[1][column]) for row in rows) for column in range(2)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.ljust(widths[n + 1]) for n, cell in enumerate(row[1]))]).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "─" * max(map(len, lines)))
+    broken = {
+        mode.value: {kind: n for kind, n in report.modes[mode.value]["classes"].items() if n and kind != "ok"}
+        for mode in Mode
+    }
+    lines += [f"{mode.replace('_', '-')}: {classes}" for mode, classes in broken.items() if classes]
+    return "\n".join(lines)
+
+
+def save_report(report: ModeReport, directory: str | Path) -> Path:
+    """Write `mode_report.json`, and `replies.jsonl` with every prompt and reply; returns the report's path."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / REPLIES_NAME).open("w", encoding="utf-8") as file:
+        for mode, replies in report.replies.items():
+            for prompt, reply in zip(report.prompts, replies, strict=True):
+                row = {
+                    "mode": mode.value,
+                    "task": prompt.task,
+                    "messages": prompt.messages,
+                    "solution": prompt.solution,
+                    "class": reply.kind,
+                    "reasoning": reply.reasoning,
+                    "answer": reply.answer,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    path = folder / REPORT_NAME
+    path.write_text(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's SFT trainer, made safe for two modes: our rendering, per-mode losses, the switch measured on the way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from trl import SFTConfig, SFTTrainer
+
+from thinkfusion.checkpointing import load_checkpoint
+from thinkfusion.conversations import Conversation
+from thinkfusion.dialects import install_chat_template, installed_template
+from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replies, summarise, task_prompts
+from thinkfusion.generation import Sampling
+from thinkfusion.mixture import MIXTURES
+from thinkfusion.modes import Mode, get_scheme
+from thinkfusion.moe import lora_config
+from thinkfusion.packing import MODES, PaddingCollator, prepare
+from thinkfusion.records import ON_BAD_ROW, RecordOptions, RowReport, read_conversations
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ThinkFusionConfig(SFTConfig):
+    """`SFTConfig` with the settings of the two modes, and with other defaults where TRL's would harm them.
+
+    TRL's `max_length` cuts rows at 1,024 tokens, inside the reasoning; ours defaults to what the model can take, and
+    a longer row is an error or a counted skip. bfloat16 is on where a GPU is, off on a CPU, unless set.
+    """
+
+    mixture: str = field(default="paired", metadata={"help": f"How modes are combined: {', '.join(MIXTURES)}."})
+    """How the modes are combined, see `thinkfusion.mixture.mix`."""
+    scheme: str = field(default="control", metadata={"help": "How prompts announce a mode: control, empty-block."})
+    """The mode scheme that is installed if the tokenizer's template is not ours yet."""
+    default_mode: str = field(
+        default="thinking", metadata={"help": "The mode without a switch, stored in the template."}
+    )
+    """The mode of a prompt without a switch, stored in the template that is installed."""
+    on_bad_row: str = field(default="error", metadata={"help": "error: stop at a bad row; skip: leave out, and count."})
+    """What happens to rows that cannot be trained on, too long ones included."""
+    max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; by default the model's."})
+    """The longest row allowed, in tokens; None is the model's own limit. Rows are never cut."""
+    router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Weight of transformers' balance loss."})
+    """0: transformers' balance loss pools all layers and takes collapsed routers for balanced ones."""
+
+    def __post_init__(self) -> None:
+        self.bf16: bool | None
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = torch.cuda.is_available() and not self.use_cpu
+        get_scheme(self.scheme)
+        Mode.parse(self.default_mode)
+        for name, value, known in (("mixture", self.mixture, MIXTURES), ("on_bad_row", self.on_bad_row, ON_BAD_ROW)):
+            if value not in known:
+                raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
+        unsupported = {
+            "packing": self.packing,
+            "padding_free": self.padding_free,
+            "assistant_only_loss": self.assistant_only_loss,
+            "completion_only_loss": self.completion_only_loss,
+        }
+        given = [name for name, value in unsupported.items() if value]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: not for ThinkFusionTrainer, which renders the rows and sets the loss itself; "
+                "leave it unset."
+            )
+        super().__post_init__()
+
+
+class ThinkFusionTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` on both modes.
+
+    model: a model, or the name of a checkpoint to load together with its tokenizer.
+    train_dataset, eval_dataset: conversations, a file or data set id, a `Dataset` of raw rows (`messages`, or question,
+        reasoning and answer), or one that `thinkfusion.prepare` made.
+    peft_config: a LoRA configuration; True for the one of `thinkfusion.lora_config`.
+
+    A tokenizer without our chat template gets it installed, and the model the embeddings of new control tokens.
+    `row_report` tells what became of the training rows. Logs `loss_thinking`, `loss_non_thinking` (mean loss of
+    a trained token, since the last log) and `tokens_thinking`, `tokens_non_thinking` (trained tokens so far).
+
+    Raises DataError for rows that cannot be trained on, ValueError for settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: ThinkFusionConfig,
+        *,
+        train_dataset: Dataset | Sequence[Conversation] | str,
+        eval_dataset: Dataset | Sequence[Conversation] | str | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, ThinkFusionConfig):
+            raise TypeError(f"args: found {type(args).__name__}, expected a ThinkFusionConfig.")
+        if isinstance(model, str):
+            model, loaded = load_checkpoint(model, dtype="float32" if not args.bf16 else "auto")
+            processing_class = processing_class or loaded
+        if processing_class is None:
+            raise ValueError("processing_class: missing; give the tokenizer of the model.")
+        tokenizer = processing_class
+        template = installed_template(tokenizer)
+        if template is None:
+            logger.warning("Installing the chat template with the scheme %r on the tokenizer.", args.scheme)
+            install_chat_template(tokenizer, model, scheme=args.scheme, default_mode=args.default_mode)
+        elif template.scheme.name != args.scheme:
+            raise ValueError(
+                f"scheme: {args.scheme!r} was asked for, but the tokenizer's template has the scheme "
+                f"{template.scheme.name!r}. Set one of the two."
+            )
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer):,} tokens, and the model embeddings for {rows:,}. Give the model "
+                "to install_chat_template(tokenizer, model)."
+            )
+        if peft_config is True:
+            peft_config = lora_config(model, tokenizer)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if args.max_length is not None and limit is not None and args.max_length > limit:
+            raise ValueError(f"max_length: {args.max_length:,} is more than the model's {limit:,} positions.")
+        self._longest = args.max_length or limit
+        train_dataset, self.row_report = self._prepared(train_dataset, tokenizer, args)
+        if eval_dataset is not None:
+            eval_dataset, _ = self._prepared(eval_dataset, tokenizer, args)
+        # Everything is prepared, so TRL must neither cut the rows nor shuffle them on its own.
+        args.max_length = None
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args.remove_unused_columns = False
+        self._mode_sums = {"train": _ModeSums(), "eval": _ModeSums()}
+        self._mode_tokens = dict.fromkeys(MODES, 0)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", None) or PaddingCollator(tokenizer.pad_token_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            **kwargs,
+        )
+
+    def _prepared(
+        self, rows: Any, tokenizer: PreTrainedTokenizerBase, args: ThinkFusionConfig
+    ) -> tuple[Dataset, RowReport]:
+        if isinstance(rows, Dataset) and {"input_ids", "labels", "mode"} <= set(rows.column_names):
+            return rows, RowReport(read=len(rows), kept=len(rows))
+        report = None
+        if isinstance(rows, (str, Dataset)):
+            rows, report = read_conversations(rows, RecordOptions(on_bad_row=args.on_bad_row))
+        if not isinstance(rows, Sequence) or not all(isinstance(row, Conversation) for row in rows):
+            raise TypeError(
+                f"data set: found {type(rows).__name__}, expected conversations, a Dataset, or the name of a file."
+            )
+        with args.main_process_first(desc="preparing the rows"):
+            return prepare(
+                rows,
+                tokenizer,
+                mixture=args.mixture,
+                max_length=self._longest,
+                on_bad_row=args.on_bad_row,
+                report=report,
+            )
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's loss (mean over trained tokens), noting the share of each mode on the way."""
+        modes = inputs.pop("mode")
+        seen: list[Any] = []
+
+        def forward(**arguments: Any) -> Any:
+            outputs = model(**arguments)
+            seen.append(outputs)
+            return outputs
+
+        result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        outputs = next(each for each in seen if getattr(each, "log_probs", None) is not None)
+        sums = self._mode_sums["train" if self.model.training else "eval"]
+        sums.add(modes, -outputs.log_probs.detach(), outputs.label_mask)
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the per-mode figures since the last log, over all processes."""
+        name = "train" if self.model.training else "eval"
+        if not any(self._mode_tokens.values()):
+            self._restore_token_counts()
+        sums, self._mode_sums[name] = self._mode_sums[name], _ModeSums()
+        losses, counts = sums.totals(self.accelerator)
+        prefix = "" if name == "train" else "eval_"
+        for mode, loss, count in zip(MODES, losses, counts, strict=True):
+            if count:
+                logs[f"{prefix}loss_{mode}"] = loss / count
+            if name == "train" and sums.parts:
+                self._mode_tokens[mode] += int(count)
+                logs[f"tokens_{mode}"] = self._mode_tokens[mode]
+        super().log(logs, start_time)
+
+    def _restore_token_counts(self) -> None:
+        """After a resume, go on from the counts that were logged last."""
+        for record in reversed(self.state.log_history):
+            if all(f"tokens_{mode}" in record for mode in MODES):
+                self._mode_tokens = {mode: record[f"tokens_{mode}"] for mode in MODES}
+                return
+
+
+class _ModeSums:
+    """Summed loss and trained tokens of each mode, on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.parts: list[torch.Tensor] = []
+
+    def add(self, modes: torch.Tensor, losses: torch.Tensor, mask: torch.Tensor) -> None:
+        """modes: (batch,); losses and mask: (batch, length)."""
+        per_row = torch.stack([losses.double().sum(1), mask.double().sum(1)])  # (2, batch)
+        chosen = torch.nn.functional.one_hot(modes, len(MODES)).double()  # (batch, modes)
+        self.parts.append(per_row @ chosen)  # (2, modes)
+
+    def totals(self, accelerator: Any) -> tuple[list[float], list[float]]:
+        own = sum(self.parts, torch.zeros(2, len(MODES), dtype=torch.double, device=accelerator.device))
+        losses, counts = accelerator.reduce(own, reduction="sum").tolist()
+        return losses, counts
+
+
+class ModeEvaluationCallback(TrainerCallback):
+    """Measures both modes during training, by generation on held-out prompts, and logs what it finds.
+
+    Logs `eval_format_error_<mode>`, `eval_accuracy_<mode>`, `eval_truncated_<mode>` every `every_steps` steps and
+    at the end; `reports` keeps the reports by step. Greedy, with the random state left as it was, so that training
+    goes on as it would have without it. Under several processes each replies to its share of the prompts.
+
+    Raises ValueError for fewer than one step, or no prompts.
+    """
+
+    def __init__(
+        self,
+        trainer: ThinkFusionTrainer,
+        prompts: Sequence[EvaluationPrompt] | None = None,
+        *,
+        every_steps: int,
+        samples: int = 64,
+        batch_size: int = 64,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+    ) -> None:
+        if every_steps < 1:
+            raise ValueError(f"every_steps: found {every_steps}, expected at least 1.")
+        self.trainer, self.every_steps = trainer, every_steps
+        self.prompts = list(task_prompts(samples, seed=seed) if prompts is None else prompts[:samples])
+        if not self.prompts:
+            raise ValueError("prompts: found none, expected at least one prompt.")
+        self.batch_size, self.seed = batch_size, seed
+        self.sampling = Sampling(max_new_tokens)
+        self.reports: dict[int, ModeReport] = {}
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        if state.global_step % self.every_steps == 0 or state.global_step >= state.max_steps:
+            self.measure(state.global_step)
+        return None
+
+    def measure(self, step: int) -> ModeReport:
+        """Reply to the prompts in both modes with the model as it is now, and log the figures."""
+        accelerator = self.trainer.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        model = accelerator.unwrap_model(self.trainer.model)
+        own = self.prompts[rank::world]
+        given = (
+            generate_replies(
+                model,
+                self.trainer.processing_class,
+                own,
+                self.sampling,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                progress=False,
+            )
+            if own
+            else {mode: [] for mode in Mode}
+        )
+        shares = gather_object([given]) if world > 1 else [given]
+        replies = {
+            mode: [shares[index % world][mode][index // world] for index in range(len(self.prompts))] for mode in Mode
+        }
+        report = summarise(self.prompts, replies, {**self.sampling._asdict(), "step": step})
+        self.reports[step] = report
+        figures = {
+            f"eval_{name}_{mode}": values[name]
+            for mode, values in report.modes.items()
+            for name in ("format_error", "truncated", "accuracy")
+            if values[name] is not None
+        }
+        # The trainer tells evaluation from training by the model's mode; the training figures wait for their own log.
+        self.trainer.model.eval()
+        self.trainer.log(figures)
+        self.trainer.model.train()
+        return report
