@@ -242,7 +242,7 @@ def grade(answer: str, solution: str) -> bool:
     numbers = _NUMBER.findall(answer)
     if not numbers:
         return False
-    last, plain = numbers[-1].rstrip(","), solution.strip()
+    last, plain = str(numbers[-1]).rstrip(","), solution.strip()
     if re.match(r"0\d", last) or re.match(r"0\d", plain):
         return last == plain
-    return bool(_as_number(last) == wanted)
+    return _as_number(last) == wanted
