@@ -140,12 +140,16 @@ def batches(tokenizer, *, steps: int, rows: int, length: int, seed: int) -> Iter
 
 
 def continuation_accuracy(model, tokenizer, count: int) -> dict[str, float]:
-    """Share of held-out questions that the base, given the question alone, answers right, by task."""
+    """Share of held-out questions that the base answers right, by task.
+
+    The end of another text stands before each question, as in training: without it a first digit would be the
+    first token of all, which models use as a place to attend to nothing.
+    """
     samples = generate_samples(count, seed=7, split="evaluation")
     model.eval()
     model.config.output_router_logits = False
     encoded = tokenizer(
-        [sample.question + "\n" for sample in samples], padding=True, padding_side="left", return_tensors="pt"
+        [f"{END_OF_TEXT}{sample.question}\n" for sample in samples], padding=True, padding_side="left", return_tensors="pt"
     )
     with torch.no_grad():
         out = model.generate(**encoded, max_new_tokens=120, do_sample=False)

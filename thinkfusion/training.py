@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
@@ -149,6 +151,11 @@ class ThinkFusionTrainer(SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        head = self.model.get_output_embeddings()
+        if isinstance(head, TrainableTokensWrapper):
+            # TRL's fused head reads `bias`, which peft's wrapper of a layer without one lacks (trl 1.16, peft 0.21).
+            # Set beside torch's bookkeeping, so that a bias that is there is not registered twice.
+            head.__dict__["bias"] = head.original_module.bias
 
     def _prepared(
         self, rows: Any, tokenizer: PreTrainedTokenizerBase, args: ThinkFusionConfig
@@ -171,6 +178,34 @@ class ThinkFusionTrainer(SFTTrainer):
                 on_bad_row=args.on_bad_row,
                 report=report,
             )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load all weights at a resume.
+
+        transformers 5.23 saves experts one by one, and knows how to join them in `from_pretrained` only: its own resume
+        leaves every expert as it was at the start, with a warning (a test tells when that is mended).
+        """
+        model = model or self.model
+        if not self._holds_whole_model():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved, found = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, output_loading_info=True)
+        if found["missing_keys"] or found["mismatched_keys"]:
+            raise ValueError(
+                f"{resume_from_checkpoint}: the checkpoint does not fit the model; missing: "
+                f"{sorted(found['missing_keys'])}, of another shape: {sorted(map(str, found['mismatched_keys']))}."
+            )
+        model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self._holds_whole_model():
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _holds_whole_model(self) -> bool:
+        """Whether a checkpoint is the model alone: no adapter, nothing sharded over processes."""
+        return not (isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def compute_loss(
         self,
@@ -269,10 +304,13 @@ class ModeEvaluationCallback(TrainerCallback):
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl | None:
+    ) -> TrainerControl:
         if state.global_step % self.every_steps == 0 or state.global_step >= state.max_steps:
+            # A log marks the step as logged, and the trainer's own figures of this step are still to come.
+            should_log = control.should_log
             self.measure(state.global_step)
-        return None
+            control.should_log = should_log
+        return control
 
     def measure(self, step: int) -> ModeReport:
         """Reply to the prompts in both modes with the model as it is now, and log the figures."""
