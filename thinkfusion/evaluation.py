@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkfusion.conversations import Conversation, DataError
-from thinkfusion.generation import Prompter, Sampling, generate
+from thinkfusion.conversations import DataError
+from thinkfusion.generation import Prompter, Sampling, generate, split_pending
 from thinkfusion.modes import REPLY_CLASSES, Mode, Reply
 from thinkfusion.records import iterate_rows
 from thinkfusion.tasks import LANGUAGES, TASKS, generate_samples, grade
@@ -82,7 +82,7 @@ def _prompt(row: Any, answer_separator: str | None, task: str) -> EvaluationProm
         given = [{"role": "user", "content": given}]
     if not given:
         raise DataError("no_prompt", f"found the fields {', '.join(row)}, expected prompt, question or messages.")
-    Conversation.from_messages([*given, {"role": "assistant", "content": "…"}])
+    split_pending(given)
     answer = row.get("answer")
     if answer is not None and answer_separator is not None:
         _, found, answer = str(answer).rpartition(answer_separator)

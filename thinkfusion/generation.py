@@ -60,27 +60,33 @@ class Prompter:
                 return_dict=True,
             )
             return list(prompt["input_ids"])
-        history, pending = _split_pending(messages, tools)
+        history, pending = split_pending(messages, tools)
         return self._renderer.encode([self._renderer.prompt_segments(history, mode, pending)])[0][0]
 
 
-def _split_pending(messages: Messages, tools: Sequence[Mapping[str, Any]] | None) -> tuple[Conversation, list[Message]]:
-    """The finished exchanges, and the messages from the last user message on."""
+def split_pending(
+    messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None
+) -> tuple[Conversation, list[Message]]:
+    """The finished exchanges, and the messages from the last user message on that wait for a reply.
+
+    Raises DataError if the messages are no conversation that ends with a user message or a tool result.
+    """
     # An answer is put in the place of the one that is to come, so that one reader checks all conversations.
     shown = [*messages, {"role": "assistant", "content": "…"}]
-    shown = [{**message, "content": _plain_content(message)} for message in shown]
-    conversation = Conversation.from_messages(shown, tools=tools)
+    conversation = Conversation.from_messages([_as_read(message) for message in shown], tools=tools)
     last = conversation.exchanges[-1]
     history = Conversation(conversation.exchanges[:-1], conversation.system, conversation.tools)
     return history, [last.user, *last.steps[:-1]]
 
 
-def _plain_content(message: Mapping[str, Any]) -> Any:
-    """Text parts joined, as the template joins them."""
-    content = message.get("content")
+def _as_read(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message as the model reads it: text parts joined, the soft switch taken out."""
+    content = message.get("content") if isinstance(message, Mapping) else None
     if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
-        return "".join(part["text"] for part in content)
-    return content
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": content if message.get("role") == "assistant" else split_soft_switch(content)[0]}
 
 
 def reply(

@@ -302,9 +302,7 @@ class ModeEvaluationCallback(TrainerCallback):
         self.sampling = Sampling(max_new_tokens)
         self.reports: dict[int, ModeReport] = {}
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if state.global_step % self.every_steps == 0 or state.global_step >= state.max_steps:
             # A log marks the step as logged, and the trainer's own figures of this step are still to come.
             should_log = control.should_log
