@@ -90,7 +90,8 @@ def test_control_strings_of_a_user_are_text(ready):
 
 
 def test_other_templates_are_used_as_they_are(base_tokenizer):
-    base_tokenizer.chat_template = "{{ messages[-1].content }}{% if add_generation_prompt %}:{{ '<think>' if thinking else '</think>' }}{% endif %}"
+    prefix = "{% if add_generation_prompt %}:{{ '<think>' if thinking else '</think>' }}{% endif %}"
+    base_tokenizer.chat_template = "{{ messages[-1].content }}" + prefix
     base_tokenizer.add_tokens(["<think>", "</think>"])
     prompter = Prompter(base_tokenizer)
     assert prompter.scheme.name == "control"

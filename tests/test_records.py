@@ -144,7 +144,7 @@ UNREADABLE = [
     (b'{"question": "\xff", "answer": "4"}', "invalid_utf8", "byte 15"),
     ('{"question": "é", "answer": "4"}'.encode("latin-1"), "invalid_utf8", "byte 15"),
     (rb'{"question": "\ud83d", "answer": "4"}', "invalid_unicode", "lone surrogate"),
-    (rb'{"question": "a", "\udc00": 1, "answer": "4"}', "invalid_unicode", "lone surrogate"),
+    (rb'{"question": "a\udc00", "answer": "4"}', "invalid_unicode", "lone surrogate"),
     (b"[1, 2]", "not_an_object", "found list"),
     (b'"text"', "not_an_object", "found str"),
     (b"null", "not_an_object", "found NoneType"),

@@ -127,7 +127,7 @@ class Conversation:
         return cls(
             exchanges=tuple(replace(exchange, modes=(wanted or _own_mode(exchange),)) for exchange in exchanges),
             system=system,
-            tools=tuple(_tool(index, tool) for index, tool in enumerate(tools or ())),
+            tools=tuple(_tool(index, tool) for index, tool in enumerate(_list("tools", tools, "bad_tools"))),
         )
 
     def to_messages(self) -> list[dict[str, Any]]:
@@ -159,17 +159,19 @@ def _message(index: int, message: Any) -> Message:
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
         raise DataError("bad_message", f"{where}: found {_show(message)}, expected an object with role and content.")
-    role = message.get("role")
+    if "role" not in message:
+        raise DataError("bad_message", f"{where}.role: missing; found the fields {', '.join(map(str, message))}.")
+    role = message["role"]
     if role not in ROLES:
         raise DataError("unknown_role", f"{where}.role: found {_show(role)}, expected one of {', '.join(ROLES)}.")
     content = message.get("content")
-    calls = tuple(
-        _tool_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(message.get("tool_calls") or ())
-    )
+    given = _list(f"{where}.tool_calls", message.get("tool_calls"), "bad_message")
+    calls = tuple(_tool_call(f"{where}.tool_calls[{number}]", call) for number, call in enumerate(given))
     if content is None and role == "assistant":
         content = ""
     if not isinstance(content, str):
         raise DataError("bad_message", f"{where}.content: found {_show(message.get('content'))}, expected text.")
+    _check_unicode(f"{where}.content", content)
     if role != "assistant":
         if calls:
             raise DataError("bad_message", f"{where}.tool_calls: only an assistant calls tools, found role {role!r}.")
@@ -193,11 +195,31 @@ def _message(index: int, message: Any) -> Message:
     return Message(role, content, reasoning, calls)
 
 
+def _list(where: str, value: Any, reason: str) -> Sequence[Any]:
+    """`value` as a sequence, nothing as an empty one."""
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(reason, f"{where}: found {_show(value)}, expected a list.")
+    return value
+
+
+def _check_unicode(where: str, text: str) -> None:
+    """Refuse a lone surrogate (an escape like `\\ud83d` without its partner): it is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "invalid_unicode", f"{where}: found a lone surrogate at character {error.start + 1}, which is no character."
+        ) from None
+
+
 def _reasoning_field(where: str, message: Mapping[str, Any]) -> str | None:
     given = {name: message[name] for name in REASONING_FIELDS if message.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, str):
             raise DataError("bad_message", f"{where}.{name}: found {_show(value)}, expected text.")
+        _check_unicode(f"{where}.{name}", value)
     texts = {value.strip(): value for value in given.values() if value.strip()}
     if len(texts) > 1:
         raise DataError(
@@ -257,6 +279,7 @@ def _tool_call(where: str, call: Any) -> dict[str, Any]:
             raise DataError("bad_tool_arguments", f"{where}.arguments: not JSON ({error}).") from None
     if not isinstance(arguments, Mapping):
         raise DataError("bad_tool_arguments", f"{where}.arguments: found {_show(arguments)}, expected an object.")
+    _check_unicode(f"{where}.arguments", json.dumps(arguments, ensure_ascii=False, default=str))
     return {"name": function["name"], "arguments": dict(arguments)}
 
 
@@ -296,9 +319,13 @@ def _exchanges(messages: Sequence[Message], offset: int) -> list[Exchange]:
                     f"messages[{offset + index}].role: found {role!r} after {previous!r}, expected {expected}.",
                 )
             previous = "assistant that called tools" if messages[index].tool_calls else role
+        is_last = end == len(messages)
+        if previous == "assistant that called tools" and not is_last:
+            raise DataError("tool_order", f"messages[{offset + end}].role: found 'user' before the tool's result.")
         if not previous.startswith("assistant"):
             raise DataError(
-                "no_answer", f"messages[{offset + end - 1}]: no assistant message answers this {previous} message."
+                "no_answer" if is_last else "role_order",
+                f"messages[{offset + end - 1}]: no assistant message answers this {previous} message.",
             )
         exchanges.append(Exchange(messages[start], tuple(messages[start + 1 : end])))
     return exchanges
@@ -308,10 +335,10 @@ def _check_soft_switches(system: str | None, exchanges: Sequence[Exchange], want
     """Refuse a row whose text asks for one mode while its answer is of the other."""
     standing = split_soft_switch(system or "")[1]
     for exchange in exchanges:
-        asked = split_soft_switch(exchange.user.content)[1] or standing
+        standing = split_soft_switch(exchange.user.content)[1] or standing
         given = wanted or _own_mode(exchange)
-        if asked is not None and asked is not given:
+        if standing is not None and standing is not given:
             raise DataError(
                 "mode_conflict",
-                f"mode: the text switches to {asked} with its last word, but the row's answer is {given}.",
+                f"mode: a message switches to {standing} with its last word, but the answer is {given}.",
             )

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # Words of thinking aloud, whole words; the English ones are those of "Demystifying Hybrid Thinking"
 # (arXiv 2510.12680), the Korean ones their counterparts.
 REFLECTIVE_WORDS = re.compile(
-    r"\b(?:wait|hmm+|okay|alternatively|let me think)\b|(?<!\w)(?:잠깐|흠+|음+,|다시 생각|생각해 보자|생각해보자)",
+    r"\b(?:wait|hmm+|okay|alternatively|let me think)\b"
+    r"|(?<!\w)(?:잠깐|흠+(?!\w)|음+,|다시 생각|생각해 보자|생각해보자)",
     re.IGNORECASE,
 )
 SOFT_CAP_FACTOR = 2.0
@@ -80,6 +81,8 @@ def _prompt(row: Any, answer_separator: str | None, task: str) -> EvaluationProm
     given = row.get("messages") or row.get("prompt") or row.get("question")
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
+    if isinstance(given, (int, float, dict)):
+        raise DataError("bad_message", f"prompt: found {given!r}, expected text or a list of messages.")
     if not given:
         raise DataError("no_prompt", f"found the fields {', '.join(row)}, expected prompt, question or messages.")
     split_pending(given)
@@ -89,7 +92,7 @@ def _prompt(row: Any, answer_separator: str | None, task: str) -> EvaluationProm
         if not found:
             raise DataError("missing_separator", f"answer: the separator {answer_separator!r} is missing.")
     solution = None if answer is None else str(answer).strip()
-    return EvaluationPrompt(tuple(given), solution, str(row.get("task", task)), str(row.get("language", "und")))
+    return EvaluationPrompt(tuple(given), solution, str(row.get("task") or task), str(row.get("language") or "und"))
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
@@ -126,7 +129,8 @@ def _rate(name: str, marks: Sequence[bool]) -> dict[str, Any]:
 
 def _mean(name: str, values: Sequence[int]) -> dict[str, Any]:
     mean = sum(values) / len(values) if values else 0.0
-    return {name: mean, f"{name}_interval": list(mean_interval(values))}
+    low, high = mean_interval(values)
+    return {name: mean, f"{name}_interval": [max(0.0, low), high]}
 
 
 def leaks(reply: Reply, soft_cap: float | None) -> bool:

@@ -45,7 +45,7 @@ def mix(conversations: Sequence[Conversation], mixture: str = "paired") -> list[
 
 
 def _assign(exchange: Exchange, mixture: str, conversation: Conversation) -> Exchange:
-    if not exchange.has_reasoning:
+    if not exchange.modes or not exchange.has_reasoning:
         return exchange
     if mixture == "paired":
         return replace(exchange, modes=(Mode.THINKING, Mode.NON_THINKING))

@@ -154,11 +154,12 @@ def split_reply(
 
     Given ids (and the `tokenizer` they belong to), control tokens are recognised by id, so that a `</think>`
     spelled out of ordinary tokens is text; the reply ends at the tokenizer's end-of-turn token, and is finished
-    if that token is there. Given text, they are recognised by their strings, the reply ends at `end_of_turn`,
-    and counts as finished unless `finished=False` says that a token limit cut it.
+    if that token is there, or if `finished` says so. Given text, they are recognised by their strings, the reply
+    ends at `end_of_turn`, and counts as finished unless `finished=False` says that a token limit cut it.
 
     Never fails on what a model wrote: every reply gets exactly one class of REPLY_CLASSES, in this order:
-    `extra_tag` (a tag where the mode has none), `truncated`, `never_closed`, `empty_trace`, `empty_answer`, `ok`.
+    `extra_tag` (a control token where the mode has none), `truncated`, `never_closed`, `empty_trace`,
+    `empty_answer`, `ok`.
     Where a format is broken, reasoning and answer are the best reading of it: a thinking reply without
     `</think>` is all reasoning when it was cut, and all answer when it ended by itself.
 
@@ -174,14 +175,18 @@ def split_reply(
         if tokenizer is None:
             raise ValueError("split_reply: ids need the tokenizer they belong to: pass tokenizer=….")
         texts, tags, counts, done = _split_ids(list(map(int, text_or_ids)), tokenizer)
-        done = done if finished is None else finished
+        done = done or bool(finished)
     return _read(texts, tags, counts, mode=mode, scheme=scheme, finished=done)
 
 
 def _split_ids(ids: list[int], tokenizer: Any) -> tuple[list[str], list[str], list[int], bool]:
     """Texts between the tags, the tags, tokens per text, and whether the reply ended by itself."""
     end = next((index for index, token in enumerate(ids) if token == tokenizer.eos_token_id), None)
-    names = {tokenizer.convert_tokens_to_ids(tag): tag for tag in (THINK_OPEN, THINK_CLOSE)}
+    names = {
+        token_id: token.content
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.content in (THINK_OPEN, THINK_CLOSE) or (token.special and token_id != tokenizer.unk_token_id)
+    }
     parts: list[list[int]] = [[]]
     tags = []
     for token in ids[:end]:

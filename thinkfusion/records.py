@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 FORMATS = ("messages", "columns")
 ON_BAD_ROW = ("error", "skip")
 SHOWN_ERRORS = 20
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip")
+HUB_PARTS = 2
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,9 @@ def iterate_rows(source: Any, split: str = "train") -> Iterator[tuple[int, Any]]
         if path.suffix not in readers:
             raise ValueError(f"{source}: files ending in {path.suffix!r} are not read; use {', '.join(readers)}.")
         yield from readers[path.suffix](path)
-    elif path.suffix or path.is_absolute() or str(source).startswith("."):
+    elif (
+        path.suffix in FILE_SUFFIXES or path.is_absolute() or str(source).startswith(".") or len(path.parts) > HUB_PARTS
+    ):
         raise FileNotFoundError(f"{source}: there is no such file.")
     else:
         yield from _hub_rows(str(source), split)
@@ -224,12 +229,13 @@ def iterate_rows(source: Any, split: str = "train") -> Iterator[tuple[int, Any]]
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            text = line.removeprefix(BOM) if number == 1 else line
+            if text.strip():
+                yield number, _parse(text.rstrip(b"\r\n"))
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    rows = _parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    rows = _parse(path.read_bytes().removeprefix(BOM))
     if isinstance(rows, DataError):
         raise rows.at(str(path), 1)
     if not isinstance(rows, list):
@@ -239,17 +245,14 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _parse(data: bytes) -> Any:
     try:
-        value = json.loads(data.decode("utf-8"))
-        if rb"\u" in data:
-            # A lone surrogate (an escape without its partner) is no character, and no tokenizer takes it.
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         return DataError("invalid_utf8", f"byte {error.start + 1} of the row is not UTF-8.")
-    except UnicodeEncodeError:
-        return DataError("invalid_unicode", "the row holds a lone surrogate escape, which is no character.")
     except json.JSONDecodeError as error:
-        return DataError("invalid_json", f"not JSON: {error.msg}, at line {error.lineno}, column {error.colno}.")
-    return value
+        line = f"line {error.lineno}, " if b"\n" in data else ""
+        return DataError("invalid_json", f"not JSON: {error.msg}, at {line}column {error.colno}.")
+    except (ValueError, RecursionError) as error:
+        return DataError("invalid_json", f"no JSON that can be read: {error}.")
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -272,7 +275,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
         loaded = datasets.load_dataset(name, split=split)
     except Exception as error:
         # The Hub client has a dozen exception types, and its messages run over many lines.
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileNotFoundError(
             f"{name}: neither a file nor a data set that could be loaded from the Hub ({reason}). Check the name, "
             "run `hf auth login` if it is private, or name a local file."

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 LANGUAGES = ("en", "ko")
 SPLITS = ("train", "evaluation")
@@ -219,14 +219,15 @@ def generate_samples(
     return samples
 
 
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+# A sign counts where it does not join two things ("2-4"), a comma where three digits follow.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-+−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"
+)
 
 
 def _as_number(text: str) -> Decimal | None:
-    try:
-        return Decimal(text.replace(",", "").replace("$", "").strip().rstrip("."))
-    except InvalidOperation:
-        return None
+    plain = text.strip().lstrip("$").rstrip(".")
+    return Decimal(plain.replace(",", "").replace("−", "-")) if _NUMBER.fullmatch(plain) else None
 
 
 def grade(answer: str, solution: str) -> bool:
@@ -242,7 +243,7 @@ def grade(answer: str, solution: str) -> bool:
     numbers = _NUMBER.findall(answer)
     if not numbers:
         return False
-    last, plain = str(numbers[-1]).rstrip(","), solution.strip()
+    last, plain = str(numbers[-1]), solution.strip()
     if re.match(r"0\d", last) or re.match(r"0\d", plain):
         return last == plain
     return _as_number(last) == wanted
