@@ -28,6 +28,7 @@ from thinkfusion import (
     RowReport,
     ThinkFusionConfig,
     ThinkFusionTrainer,
+    ensure_processes,
     evaluate_modes,
     export_checkpoint,
     generate_samples,
@@ -107,6 +108,7 @@ def read_rows(recipe: RecipeArguments, training: ThinkFusionConfig) -> tuple[lis
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    ensure_processes()
     recipe, training = parse_arguments()
     if not torch.cuda.is_available():
         # accelerate gives a process one thread unless told otherwise, and leaves the other cores idle.

@@ -44,6 +44,7 @@ _HOME = {
     "save_report": "reporting",
     "export_checkpoint": "checkpointing",
     "load_checkpoint": "checkpointing",
+    "ensure_processes": "launching",
     "ModeEvaluationCallback": "training",
     "ThinkFusionConfig": "training",
     "ThinkFusionTrainer": "training",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from thinkfusion.dialects import chat_template, install_chat_template
     from thinkfusion.evaluation import EvaluationPrompt, ModeReport, evaluate_modes, read_prompts, task_prompts
     from thinkfusion.generation import reply, stream_reply
+    from thinkfusion.launching import ensure_processes
     from thinkfusion.mixture import mix
     from thinkfusion.modes import Mode, Reply, Scheme, split_reply
     from thinkfusion.moe import lora_config

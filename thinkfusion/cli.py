@@ -18,7 +18,12 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. Errors a user can mend are one line on stderr, and status 1."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes an optional positional only in front of the flags, and a prompt reads best behind them.
+    if options.verb == "chat" and options.prompt is None and len(rest) == 1 and not rest[0].startswith("-"):
+        options.prompt = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.run(options)
     except (DataError, FileNotFoundError, ValueError) as error:

@@ -55,8 +55,11 @@ class ThinkFusionConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self.bf16: bool | None
+        self.use_cpu: bool
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and not self.use_cpu
+        # Told so, and only then, processes on a CPU find each other.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         get_scheme(self.scheme)
         Mode.parse(self.default_mode)
         for name, value, known in (("mixture", self.mixture, MIXTURES), ("on_bad_row", self.on_bad_row, ON_BAD_ROW)):

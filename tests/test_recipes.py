@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes and the command, run as users run them: in processes of their own."""
+
+import importlib.util
+import json
+import os
+import re
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from thinkfusion import Conversation, ThinkFusionConfig, generate_samples, install_chat_template, load_checkpoint
+from thinkfusion.cli import main
+from thinkfusion.launching import launched_alone, requested_processes
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:
+    options = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(free_port()), str(ROOT / "recipes" / "sft.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD, timeout=300, check=False)
+
+
+def history(folder: Path) -> list[dict]:
+    state = next(folder.glob("checkpoint-*/trainer_state.json"))
+    return json.loads(state.read_text())["log_history"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, str]:
+    """A checkpoint that the recipe's default made in a few steps, and what was printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ["--max_steps", "4", "--train_samples", "64", "--logging_steps", "1", "--save_strategy", "steps"]
+    flags += ["--save_steps", "4", "--evaluation_samples", "8", "--evaluation_max_new_tokens", "8"]
+    done = launch("--output_dir", str(folder), "--evaluation_steps", "2", *flags)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_default_recipe_trains_exports_and_measures(trained):
+    folder, printed = trained
+    assert "rows: 64 read = 64 kept + 0 skipped" in printed
+    assert re.search(r"8 prompts per mode +thinking +non-thinking", printed)
+    report = json.loads((folder / "mode_report.json").read_text())
+    assert report["samples"] == 8
+    assert set(report["modes"]) == {"thinking", "non_thinking"}
+    model, tokenizer = load_checkpoint(folder)
+    assert model.config.vocab_size == 1088
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).startswith("<|im_start|>")
+    logs = history(folder)
+    assert [record["step"] for record in logs if "eval_truncated_thinking" in record] == [2, 4]
+    losses = [record["loss"] for record in logs if "loss" in record]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+
+
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path):
+    flags = ["--max_steps", "5", "--train_samples", "40", "--logging_steps", "1", "--evaluation_samples", "0"]
+    flags += ["--save_strategy", "steps", "--save_steps", "5"]
+    one = launch("--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "8", *flags)
+    two = launch("--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "4", *flags, processes=2)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert "starting the 2 that were asked for" in two.stderr
+    assert two.stdout.count("rows: 40 read") == 1
+    for name in ("loss", "loss_thinking", "loss_non_thinking", "tokens_thinking", "tokens_non_thinking"):
+        first, second = (
+            torch.tensor(
+                [float(record[name]) for record in history(tmp_path / run) if name in record], dtype=torch.double
+            )
+            for run in ("one", "two")
+        )
+        assert len(first) == 5
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-4)
+
+
+def test_lora_by_flag_and_columns_by_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"q": each.question, "a": f"{each.reasoning} #### <<x>>{each.answer}"} for each in generate_samples(8, seed=0)
+    ]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    flags = ["--dataset", str(path), "--question_column", "q", "--answer_column", "a", "--answer_separator", "####"]
+    flags += [
+        "--remove_pattern",
+        "<<[^>]*>>",
+        "--lora",
+        "true",
+        "--max_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    done = launch(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "rows: 8 read = 8 kept + 0 skipped" in done.stdout
+    assert "thinkfusion evaluate" in done.stdout  # there are no prompts to measure on
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    load_checkpoint(tmp_path / "out")
+
+
+def test_what_accelerate_was_asked_for_is_found_out():
+    alone = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+    assert launched_alone(alone)
+    assert not launched_alone({**alone, "WORLD_SIZE": "2"})
+    assert not launched_alone({"ACCELERATE_MIXED_PRECISION": "no"})
+    assert not launched_alone({"MASTER_ADDR": "127.0.0.1"})
+    assert requested_processes(["accelerate", "launch", "--num_processes", "3", "x.py"]) == 3
+    assert requested_processes(["accelerate", "launch", "--num-processes=4", "x.py"]) == 4
+    assert requested_processes(["accelerate", "launch", "--num_processes"]) is None
+    assert requested_processes(["accelerate", "launch", "x.py"]) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--datasett", "x"], "--datasett"),
+        (["--dataset", "missing.jsonl"], "missing.jsonl: there is no such file"),
+        (["--mixture", "both"], "mixture: 'both' is unknown"),
+        (["--scheme", "suffix"], "unknown scheme 'suffix'"),
+        (["--model", "./nowhere"], "./nowhere: there is no such checkpoint folder"),
+        (["--dataset", "pyproject.toml"], "files ending in '.toml' are not read"),
+        (["--dataset", "nobody/nothing"], "neither a file nor a data set that could be loaded"),
+    ],
+)
+def test_bad_settings_end_in_one_clear_line(tmp_path, capsys, monkeypatch, flags, message):
+    assert message in run_recipe(monkeypatch, capsys, "--output_dir", str(tmp_path), *flags)
+
+
+def test_unknown_keys_of_a_config_are_errors(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "bad.yaml"
+    path.write_text("output_dir: x\nlerning_rate: 1\n")
+    assert "lerning_rate" in run_recipe(monkeypatch, capsys, "--config", str(path))
+
+
+def run_recipe(monkeypatch, capsys, *flags: str) -> str:
+    """Run the recipe in this process and return the message it ends with."""
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "recipes" / "sft.py"), run_name="__main__")
+    assert caught.value.code not in (0, None)
+    message = f"{caught.value.code} {capsys.readouterr().err}"
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_understood(path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("sft", ROOT / "recipes" / "sft.py")
+    sft = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "sft", sft)
+    spec.loader.exec_module(sft)
+    # A GPU's settings are parsed on any machine.
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--config", str(path), "--bf16", "false", "--use_cpu", "true"])
+    recipe, training = sft.parse_arguments()
+    assert isinstance(training, ThinkFusionConfig)
+    for name, value in yaml.safe_load(path.read_text()).items():
+        found = getattr(recipe, name) if hasattr(recipe, name) else getattr(training, name)
+        if name == "report_to":
+            assert found == []
+        elif name != "bf16":
+            assert found == value or str(found) == str(value), name
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
+def test_gsm8k_is_read_and_rendered_whole():
+    from thinkfusion import RecordOptions, prepare, read_conversations
+
+    options = RecordOptions(answer_separator="####", remove_pattern="<<[^>]*>>")
+    conversations, report = read_conversations(SHARED / "gsm8k_train.jsonl", options)
+    assert (report.read, report.kept) == (7473, 7473)
+    assert not any("<<" in each.exchanges[0].steps[0].reasoning for each in conversations)
+    model_free = load_checkpoint("tiny-base")[1]
+    install_chat_template(model_free)
+    data, report = prepare(conversations[:500], model_free)
+    assert isinstance(data, Dataset)
+    assert len(data) == 1000
+
+
+def test_evaluate_writes_the_report(trained, tmp_path, capsys):
+    flags = ["--samples", "8", "--output", str(tmp_path), "--max_new_tokens", "4"]
+    assert main(["evaluate", str(trained[0]), *flags]) == 0
+    assert "8 prompts per mode" in capsys.readouterr().out
+    assert json.loads((tmp_path / "mode_report.json").read_text())["samples"] == 8
+
+
+def test_evaluate_on_prompts_of_ones_own(trained, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "2 + 2?", "answer": "so #### 4"}\n{"question": "3 + 3?", "answer": "#### 6"}\n')
+    flags = ["--prompts", str(path), "--answer_separator", "####", "--output", str(tmp_path), "--max_new_tokens", "4"]
+    assert main(["evaluate", str(trained[0]), *flags]) == 0
+    report = json.loads((tmp_path / "mode_report.json").read_text())
+    assert report["samples"] == 2
+    assert list(report["modes"]["thinking"]["tasks"]) == ["own"]
+
+
+def test_chat_once_and_as_a_conversation(trained, capsys, monkeypatch):
+    folder = str(trained[0])
+    assert main(["chat", folder, "--mode", "non_thinking", "--max_new_tokens", "5", "What is 2 + 2?"]) == 0
+    alone = capsys.readouterr().out
+    assert alone.strip()
+    assert "[thinking]" not in alone
+    asked = iter(["What is 2 + 2?", "/no_think", "What is 2 + 2?", "And? /think", "/new", ""])
+
+    def answer(_):
+        try:
+            return next(asked)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    assert main(["chat", folder, "--max_new_tokens", "5"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("[thinking]") == 2
+    assert "[non-thinking from here on]" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "nowhere"], "nowhere: there is no such checkpoint folder"),
+        (["evaluate", "{empty}"], "config.json and weights missing. The folder holds notes.txt"),
+        (["evaluate", "{empty}/notes.txt"], "this is a file"),
+        (["evaluate", "{trained}", "--prompts", "none.jsonl"], "none.jsonl: there is no such file"),
+        (["chat", "{trained}", "--mode", "maybe", "Hi"], "unknown mode 'maybe'"),
+        (["chat", "tiny-base", "Hi"], "no chat template"),
+    ],
+)
+def test_errors_are_one_line(trained, tmp_path, capsys, arguments, message):
+    (tmp_path / "notes.txt").write_text("")
+    filled = [each.format(empty=tmp_path, trained=trained[0]) for each in arguments]
+    assert main(filled) == 1
+    assert re.search(re.escape(message), capsys.readouterr().err)
+
+
+def test_conversations_read_as_the_quick_start_shows():
+    conversation = Conversation.from_messages(
+        [
+            {"role": "user", "content": "What is 2 + 2?"},
+            {"role": "assistant", "content": "4", "reasoning_content": "Two and two."},
+        ]
+    )
+    assert conversation.to_messages()[1]["reasoning_content"] == "Two and two."
