@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from transformers import Trainer
 
 from thinkfusion import (
     Conversation,
@@ -147,21 +146,6 @@ def test_resuming_with_lora_on_experts(tmp_path, tiny_models):
         return logged(trainer, "loss")
 
     assert run(tmp_path / "whole") == run(tmp_path / "again", resume=str(tmp_path / "whole" / "checkpoint-3"))
-
-
-def test_transformers_still_loses_the_experts_at_a_resume(tmp_path, base_tokenizer, model):
-    """When this fails, transformers has mended it, and `ThinkFusionTrainer._load_from_checkpoint` can go."""
-    settings = config(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    trainer = ThinkFusionTrainer(model, settings, train_dataset=conversations(4), processing_class=base_tokenizer)
-    trainer.train()
-    experts = model.model.layers[0].mlp.experts.down_proj
-    trained = experts.detach().clone()
-    checkpoint = str(tmp_path / "checkpoint-1")
-    experts.data.zero_()
-    Trainer._load_from_checkpoint(trainer, checkpoint)
-    assert not experts.any()
-    trainer._load_from_checkpoint(checkpoint)
-    assert torch.equal(experts, trained)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, base_tokenizer, model, tiny_models):
@@ -305,3 +289,14 @@ def test_too_long_rows_are_never_cut(tokenizer):
     assert report.all_tokens == sum(map(len, data["input_ids"]))
     with pytest.raises(ValueError, match="nothing to train on"):
         prepare(rows, tokenizer, max_length=3, on_bad_row="skip")
+
+
+def test_rows_reach_the_model_as_they_were_prepared(tmp_path, base_tokenizer, model):
+    """Neither cut at TRL's 1,024 tokens nor rendered again."""
+    reply = {"role": "assistant", "content": "b", "reasoning_content": "long " * 400}
+    rows = [Conversation.from_messages([{"role": "user", "content": "a"}, reply])] * 2
+    model.config.max_position_embeddings = 4096
+    trainer = ThinkFusionTrainer(model, config(tmp_path), train_dataset=rows, processing_class=base_tokenizer)
+    expected, _ = prepare(rows, base_tokenizer)
+    assert trainer.train_dataset.to_dict() == expected.to_dict()
+    assert max(map(len, expected["input_ids"])) > 1024
