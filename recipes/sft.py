@@ -115,7 +115,8 @@ def main() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // training.world_size))
 
     # 1. The checkpoint, with the switch installed: template, control tokens, end of turn.
-    model, tokenizer = load_checkpoint(recipe.model, dtype="auto" if training.bf16 else "float32")
+    # Weights that are trained are kept in float32, whatever precision they are multiplied in; adapted ones need not be.
+    model, tokenizer = load_checkpoint(recipe.model, dtype="auto" if recipe.lora and training.bf16 else "float32")
     install_chat_template(tokenizer, model, scheme=training.scheme, default_mode=training.default_mode)
 
     # 2. The rows, mixed, rendered and tokenised; the report accounts for every one.
@@ -151,16 +152,21 @@ def main() -> None:
         print(report)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir) if recipe.resume else None)
 
-    # 4. The result, and the proof.
+    # 4. The result, and the proof: what is measured is what was written.
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.save_model(training.output_dir)  # gathers the shards, so every process takes part
+    elif trainer.is_world_process_zero():
+        dtype = "bfloat16" if training.bf16 else None
+        export_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training.output_dir, dtype=dtype)
     if not trainer.is_world_process_zero():
         return
-    export_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training.output_dir)
     print(f"The checkpoint is in {training.output_dir}.")
     if not recipe.evaluation_samples or not measured:
         print(f"Measure its switch: thinkfusion evaluate {training.output_dir} --prompts FILE --output DIR")
         return
+    written, tokenizer = load_checkpoint(training.output_dir)
     proof = evaluate_modes(
-        trainer.accelerator.unwrap_model(trainer.model),
+        written.to(training.device),
         tokenizer,
         prompts,
         samples=recipe.evaluation_samples,

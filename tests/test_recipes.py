@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 
 from thinkfusion import Conversation, ThinkFusionConfig, generate_samples, install_chat_template, load_checkpoint
@@ -172,6 +173,10 @@ def test_every_config_is_understood(path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sft.py", "--config", str(path), "--bf16", "false", "--use_cpu", "true"])
     recipe, training = sft.parse_arguments()
     assert isinstance(training, ThinkFusionConfig)
+    commands = re.findall(r"accelerate launch (.*)", path.read_text())
+    for command in commands:
+        assert launch_command_parser().parse_args(command.split()).training_script == "recipes/sft.py"
+    assert path.stem == "tiny" or len(commands) == 1
     for name, value in yaml.safe_load(path.read_text()).items():
         found = getattr(recipe, name) if hasattr(recipe, name) else getattr(training, name)
         if name == "report_to":
@@ -259,3 +264,11 @@ def test_conversations_read_as_the_quick_start_shows():
         ]
     )
     assert conversation.to_messages()[1]["reasoning_content"] == "Two and two."
+
+
+def test_the_example_switches_turn_by_turn(trained, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["switch_modes.py", str(trained[0])])
+    runpy.run_path(str(ROOT / "examples" / "switch_modes.py"))
+    out = capsys.readouterr().out
+    assert re.findall(r"\[(thinking|non_thinking)\]\n", out) == ["thinking", "non_thinking", "non_thinking", "thinking"]
+    assert "reasoning: " in out.split("The same, streamed:")[1]

@@ -71,15 +71,21 @@ def _check_folder(folder: Path, adapter: bool) -> None:
         )
 
 
-def export_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> Path:
+def export_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, *, dtype: str | None = None
+) -> Path:
     """Write a checkpoint that `from_pretrained` and servers load: weights as safetensors, tokenizer, template.
 
     A model with LoRA adapters is merged into full weights first (in place), since servers' support of adapters on
-    experts is not reliable.
+    experts is not reliable. `dtype` ("bfloat16", …) is that of the weights written; by default they are as they are.
     """
+    import torch
+
     folder = Path(directory)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -11,7 +11,7 @@ earlier exchanges stand as inference shows them, without their reasoning.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -327,11 +327,11 @@ def trained_counts(rendered: Iterable[Rendered]) -> dict[Mode, int]:
     return counts
 
 
-def steps_without_reasoning(conversation: Conversation, modes: Collection[Mode] = (Mode.THINKING,)) -> int:
+def steps_without_reasoning(conversation: Conversation) -> int:
     """Assistant steps of thinking exchanges that came without reasoning and are therefore context only."""
     return sum(
         step.role == "assistant" and step.reasoning is None
         for exchange in conversation.exchanges
-        if set(modes) & set(exchange.modes) and exchange.has_reasoning
+        if Mode.THINKING in exchange.modes and exchange.has_reasoning
         for step in exchange.steps
     )
