@@ -15,7 +15,7 @@ FOLDER = Path(thinkfusion.__file__).parent
 # Each module imports only from those before it.
 ORDER = [
     *("modes", "tasks", "conversations", "records", "mixture", "dialects", "rendering", "packing", "moe"),
-    *("generation", "evaluation", "reporting", "checkpointing", "launching", "training", "cli"),
+    *("generation", "evaluation", "reporting", "checkpointing", "launching", "control_tokens", "training", "cli"),
 ]
 
 

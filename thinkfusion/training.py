@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from thinkfusion.checkpointing import load_checkpoint
+from thinkfusion.control_tokens import control_rows, multiply_updates, weigh_closing_token
 from thinkfusion.conversations import Conversation
-from thinkfusion.dialects import install_chat_template, installed_template
+from thinkfusion.dialects import CHATML, install_chat_template, installed_template
 from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replies, summarise, task_prompts
 from thinkfusion.generation import Sampling
 from thinkfusion.mixture import MIXTURES
-from thinkfusion.modes import Mode, get_scheme
+from thinkfusion.modes import THINK_CLOSE, Mode, get_scheme
 from thinkfusion.moe import lora_config
 from thinkfusion.packing import MODES, PaddingCollator, prepare
 from thinkfusion.records import ON_BAD_ROW, RecordOptions, RowReport, read_conversations
@@ -53,7 +54,21 @@ class ThinkFusionConfig(SFTConfig):
     router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Weight of transformers' balance loss."})
     """0: transformers' balance loss pools all layers and takes collapsed routers for balanced ones."""
 
+    control_token_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the control tokens' rows; by default that of the rest."}
+    )
+    """The learning rate of the control tokens' embedding rows, on the schedule of the rest; None is that of the rest.
+    For a base that lacks the tokens: 25 times that of the rest. Not for sharded weights."""
+    control_token_weight: float = field(
+        default=1.0, metadata={"help": "Weight in the loss of the </think> that ends a trace."}
+    )
+    """The weight in the loss of the `</think>` that ends a trace. The loss stays divided by the number of tokens."""
+
     def __post_init__(self) -> None:
+        for name in ("control_token_learning_rate", "control_token_weight"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: found {value}, expected a number above 0.")
         self.bf16: bool | None
         self.use_cpu: bool
         if self.bf16 is None and not self.fp16:
@@ -142,6 +157,8 @@ class ThinkFusionTrainer(SFTTrainer):
         args.max_length = None
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         args.remove_unused_columns = False
+        self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in CHATML.control_tokens]
+        self._closing_id = tokenizer.convert_tokens_to_ids(THINK_CLOSE)
         self._mode_sums = {"train": _ModeSums(), "eval": _ModeSums()}
         self._mode_tokens = dict.fromkeys(MODES, 0)
         super().__init__(
@@ -219,18 +236,34 @@ class ThinkFusionTrainer(SFTTrainer):
     ) -> Any:
         """TRL's loss (mean over trained tokens), noting the share of each mode on the way."""
         modes = inputs.pop("mode")
-        seen: list[Any] = []
+        weight, closing = self.args.control_token_weight, self._closing_id
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def forward(**arguments: Any) -> Any:
             outputs = model(**arguments)
-            seen.append(outputs)
+            if getattr(outputs, "log_probs", None) is not None:
+                seen.append((-outputs.log_probs.detach(), outputs.label_mask))
+                if weight != 1 and self.model.training:
+                    outputs.log_probs = weigh_closing_token(outputs.log_probs, inputs["labels"], closing, weight)
             return outputs
 
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
-        outputs = next(each for each in seen if getattr(each, "log_probs", None) is not None)
-        sums = self._mode_sums["train" if self.model.training else "eval"]
-        sums.add(modes, -outputs.log_probs.detach(), outputs.label_mask)
+        self._mode_sums["train" if self.model.training else "eval"].add(modes, *seen[0])
         return result
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's optimizer, with the control tokens' own learning rate in it."""
+        exists = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        wanted = self.args.control_token_learning_rate
+        if wanted is not None and not exists:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "control_token_learning_rate: not for sharded weights (FSDP, DeepSpeed); leave it unset."
+                )
+            rows = control_rows(self.model, self._control_ids)
+            multiply_updates(optimizer, rows, wanted / self.args.learning_rate)
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the per-mode figures since the last log, over all processes."""
