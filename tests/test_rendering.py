@@ -212,3 +212,17 @@ def test_scheme_is_told_from_any_template(tokenizers, base_tokenizer):
     base_tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(ValueError, match="no thinking switch"):
         scheme_of(base_tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["control", "empty-block"])
+def test_a_soft_switch_in_a_row_is_not_shown(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    messages = [
+        {"role": "system", "content": "짧게. /no_think"},
+        {"role": "user", "content": "2 + 2?\n/no_think"},
+        {"role": "assistant", "content": "4"},
+    ]
+    rendered = render(Conversation.from_messages(messages), tokenizer, Mode.NON_THINKING)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(rendered.ids) == whole.removesuffix("\n")
+    assert "no_think" not in whole

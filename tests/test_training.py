@@ -12,6 +12,7 @@ from thinkfusion import (
     DataError,
     Mode,
     ModeEvaluationCallback,
+    PaddingCollator,
     ThinkFusionConfig,
     ThinkFusionTrainer,
     export_checkpoint,
@@ -300,3 +301,17 @@ def test_rows_reach_the_model_as_they_were_prepared(tmp_path, base_tokenizer, mo
     expected, _ = prepare(rows, base_tokenizer)
     assert trainer.train_dataset.to_dict() == expected.to_dict()
     assert max(map(len, expected["input_ids"])) > 1024
+
+
+def test_padding_is_masked_and_carries_no_loss():
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "mode": 0},
+        {"input_ids": [8], "labels": [8], "mode": 1},
+    ]
+    batch = {name: tensor.tolist() for name, tensor in PaddingCollator(9)(rows).items()}
+    assert batch == {
+        "input_ids": [[5, 6, 7], [8, 9, 9]],
+        "labels": [[-100, 6, 7], [8, -100, -100]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "mode": [0, 1],
+    }
