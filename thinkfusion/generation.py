@@ -139,18 +139,13 @@ def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no router logits (they fail with left padding), a cache; all put back afterwards."""
     config = model.config.get_text_config()
     training, logits = model.training, getattr(config, "output_router_logits", None)
-    checkpointing = getattr(model, "is_gradient_checkpointing", False)
     model.eval()
-    if checkpointing:
-        model.gradient_checkpointing_disable()
     if logits is not None:
         config.output_router_logits = False
     try:
         yield
     finally:
         model.train(training)
-        if checkpointing:
-            model.gradient_checkpointing_enable()
         if logits is not None:
             config.output_router_logits = logits
 

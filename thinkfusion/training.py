@@ -71,10 +71,12 @@ class ThinkFusionConfig(SFTConfig):
                 raise ValueError(f"{name}: found {value}, expected a number above 0.")
         self.bf16: bool | None
         self.use_cpu: bool
+        self.dataloader_pin_memory: bool
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and not self.use_cpu
         # Told so, and only then, processes on a CPU find each other.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         get_scheme(self.scheme)
         Mode.parse(self.default_mode)
         for name, value, known in (("mixture", self.mixture, MIXTURES), ("on_bad_row", self.on_bad_row, ON_BAD_ROW)):
