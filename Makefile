@@ -21,8 +21,8 @@ demo: setup
 		recipes/sft.py
 	@echo
 	@echo 'The same question in both modes:'
-	@$(BIN)/thinkfusion chat runs/tiny --mode thinking 'What is the sum of the digits of 48291 modulo 10?'
-	@$(BIN)/thinkfusion chat runs/tiny --mode non_thinking 'What is the sum of the digits of 48291 modulo 10?'
+	@$(BIN)/thinkfusion chat runs/tiny --mode thinking 'What is the sum of the digits of 293443 modulo 10?'
+	@$(BIN)/thinkfusion chat runs/tiny --mode non_thinking 'What is the sum of the digits of 293443 modulo 10?'
 	@echo
 	@echo 'Talk to it: $(BIN)/thinkfusion chat runs/tiny'
 
