@@ -18,7 +18,7 @@ SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
 def test_the_quick_start_and_the_switch_in_transformers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     quick, switch = PYTHON
-    smaller = quick.replace("generate_samples(9600", "generate_samples(32").replace("samples=200", "samples=8")
+    smaller = quick.replace("generate_samples(6400", "generate_samples(32").replace("samples=200", "samples=8")
     assert smaller != quick
     names: dict = {}
     exec(smaller, names)
