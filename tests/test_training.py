@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from thinkfusion import (
     Conversation,
@@ -265,6 +266,16 @@ def test_settings_that_clash_are_refused(tmp_path, tokenizer, model, tiny_models
         )
     with pytest.raises(ValueError, match="more than the model's 512 positions"):
         ThinkFusionTrainer(model, config(tmp_path, max_length=600), train_dataset=rows, processing_class=tokenizer)
+    fresh = tiny_models()
+    install_chat_template(load_checkpoint("tiny-base")[1], fresh)
+    with pytest.raises(ValueError, match="the control tokens are new, and this configuration does not train them"):
+        ThinkFusionTrainer(
+            fresh,
+            config(tmp_path),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(target_modules=["q_proj"]),
+        )
     with pytest.raises(TypeError, match="expected a ThinkFusionConfig"):
         ThinkFusionTrainer(model, None, train_dataset=rows, processing_class=tokenizer)
     with pytest.raises(ValueError, match="processing_class: missing"):

@@ -58,7 +58,7 @@ class ThinkFusionConfig(SFTConfig):
         default=None, metadata={"help": "Learning rate of the control tokens' rows; by default that of the rest."}
     )
     """The learning rate of the control tokens' embedding rows, on the schedule of the rest; None is that of the rest.
-    For a base that lacks the tokens: 25 times that of the rest. Not for sharded weights."""
+    For a base that lacks the tokens: several times that of the rest (7 to 25). Not for sharded weights."""
     control_token_weight: float = field(
         default=1.0, metadata={"help": "Weight in the loss of the </think> that ends a trace."}
     )
@@ -126,7 +126,8 @@ class ThinkFusionTrainer(SFTTrainer):
         if not isinstance(args, ThinkFusionConfig):
             raise TypeError(f"args: found {type(args).__name__}, expected a ThinkFusionConfig.")
         if isinstance(model, str):
-            model, loaded = load_checkpoint(model, dtype="float32" if not args.bf16 else "auto")
+            # Weights that are trained are kept in float32, whatever precision they are multiplied in.
+            model, loaded = load_checkpoint(model, dtype="auto" if args.bf16 and peft_config else "float32")
             processing_class = processing_class or loaded
         if processing_class is None:
             raise ValueError("processing_class: missing; give the tokenizer of the model.")
@@ -146,8 +147,11 @@ class ThinkFusionTrainer(SFTTrainer):
                 f"the tokenizer has {len(tokenizer):,} tokens, and the model embeddings for {rows:,}. Give the model "
                 "to install_chat_template(tokenizer, model)."
             )
+        self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in CHATML.control_tokens]
+        self._closing_id = tokenizer.convert_tokens_to_ids(THINK_CLOSE)
         if peft_config is True:
             peft_config = lora_config(model, tokenizer)
+        _check_new_tokens_train(model, peft_config, self._control_ids)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if args.max_length is not None and limit is not None and args.max_length > limit:
             raise ValueError(f"max_length: {args.max_length:,} is more than the model's {limit:,} positions.")
@@ -159,8 +163,6 @@ class ThinkFusionTrainer(SFTTrainer):
         args.max_length = None
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         args.remove_unused_columns = False
-        self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in CHATML.control_tokens]
-        self._closing_id = tokenizer.convert_tokens_to_ids(THINK_CLOSE)
         self._mode_sums = {"train": _ModeSums(), "eval": _ModeSums()}
         self._mode_tokens = dict.fromkeys(MODES, 0)
         super().__init__(
@@ -289,6 +291,21 @@ class ThinkFusionTrainer(SFTTrainer):
             if all(f"tokens_{mode}" in record for mode in MODES):
                 self._mode_tokens = {mode: record[f"tokens_{mode}"] for mode in MODES}
                 return
+
+
+def _check_new_tokens_train(model: PreTrainedModel, peft_config: Any, control_ids: list[int]) -> None:
+    """Refuse an adapter under which control tokens that were just added would stay as they began: all equal."""
+    # Not every kind of adapter has these settings; one without them cannot train rows of an embedding.
+    if peft_config is None or any(
+        getattr(peft_config, name, None) for name in ("trainable_token_indices", "modules_to_save")
+    ):
+        return
+    rows = model.get_input_embeddings().weight.detach()[control_ids[-2:]]
+    if torch.equal(rows[0], rows[1]):
+        raise ValueError(
+            "peft_config: the control tokens are new, and this configuration does not train them. Use "
+            "lora_config(model, tokenizer), or set trainable_token_indices (or modules_to_save)."
+        )
 
 
 class _ModeSums:
