@@ -67,11 +67,19 @@ class Exchange:
     """A user message and all that answers it: assistant steps with tool calls, tool results, the final answer.
 
     `modes` are the modes this exchange is trained in; empty means that it is context only.
+    `alternative` holds the non-thinking steps of a pre-paired row, where they differ from `steps`.
+    `ends_only` leaves all but `</think>` and the end-of-turn token out of the loss in thinking mode.
     """
 
     user: Message
     steps: tuple[Message, ...]
     modes: tuple[Mode, ...] = ()
+    alternative: tuple[Message, ...] = ()
+    ends_only: bool = False
+
+    def steps_in(self, mode: Mode) -> tuple[Message, ...]:
+        """The steps that answer in `mode`. As history, an exchange shows those of the non-thinking mode."""
+        return self.alternative if mode is Mode.NON_THINKING and self.alternative else self.steps
 
     @property
     def has_reasoning(self) -> bool:
@@ -87,6 +95,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     source: str = field(default="", compare=False)
     line: int | None = field(default=None, compare=False)
+    language: str = field(default="", compare=False)
 
     @classmethod
     def from_messages(
