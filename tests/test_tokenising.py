@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from thinkfusion.tokenising import MAX_WORDS, TextEncoder
+from thinkfusion.tokenising import AFTER_CONTROL, AFTER_TEXT, MAX_WORDS, START, TextEncoder
 
 CORPUS = [
     "Don't you think so? It's 3.14, not 12345; we'll see.\n\nThe end.  Two spaces\tand a tab.\r\n",
@@ -119,7 +119,7 @@ def test_ids_are_those_of_the_tokenizer(pair):
     @settings(max_examples=150, deadline=None)
     @given(st.lists(TEXTS, min_size=1, max_size=5))
     def same(texts):
-        encoded = encoder.encode(texts, start=True)
+        encoded = encoder.encode(texts, START)
         assert [ids(each) for each in encoded] == [plain_ids(tokenizer, text) for text in texts]
 
     same()
@@ -132,7 +132,7 @@ def test_ids_are_those_of_the_tokenizer(pair):
 def test_spaces_at_edges_and_in_rows(pair, text):
     tokenizer, encoder = pair
     for _ in range(2):  # the second time from memory
-        assert ids(encoder.encode([text], start=True)[0]) == plain_ids(tokenizer, text)
+        assert ids(encoder.encode([text], START)[0]) == plain_ids(tokenizer, text)
 
 
 def test_what_is_forgotten_is_learned_again(monkeypatch):
@@ -140,7 +140,7 @@ def test_what_is_forgotten_is_learned_again(monkeypatch):
     tokenizer = FAST["plain"]()
     encoder = TextEncoder(tokenizer)
     for text in CORPUS:
-        assert ids(encoder.encode([text])[0]) == plain_ids(tokenizer, text)
+        assert ids(encoder.encode([text], START)[0]) == plain_ids(tokenizer, text)
         assert len(encoder._words) + len(encoder._runs) == 0
     assert MAX_WORDS > 3
 
@@ -151,8 +151,8 @@ def test_text_around_a_control_token_is_encoded_as_in_the_whole(name):
     tokenizer, parts = MAKERS[name](), ("Hello there", " it's 3.14 so", "안녕 a")
     encoder = TextEncoder(tokenizer)
     whole = tokenizer("</s>".join(parts), add_special_tokens=False)["input_ids"]
-    first = encoder.encode(parts[:1], start=True)[0]
-    rest = encoder.encode(parts[1:])
+    first = encoder.encode(parts[:1], START)[0]
+    rest = encoder.encode(parts[1:], AFTER_CONTROL)
     expected = ids(first)
     for part in rest:
         expected += [tokenizer.convert_tokens_to_ids("</s>"), *ids(part)]
@@ -163,8 +163,8 @@ def test_text_around_a_control_token_is_encoded_as_in_the_whole(name):
 def test_text_that_continues_text_has_no_mark_of_a_beginning(name):
     tokenizer = MAKERS[name]()
     encoder = TextEncoder(tokenizer)
-    assert ids(encoder.encode(["you"], start=True)[0]) != ids(encoder.encode(["you"], after_text=True)[0])
-    assert "".join(tokenizer.convert_ids_to_tokens(ids(encoder.encode(["you"], after_text=True)[0]))) == "you"
+    assert ids(encoder.encode(["you"], START)[0]) != ids(encoder.encode(["you"], AFTER_TEXT)[0])
+    assert "".join(tokenizer.convert_ids_to_tokens(ids(encoder.encode(["you"], AFTER_TEXT)[0]))) == "you"
 
 
 def test_token_ends_are_characters():
@@ -177,6 +177,6 @@ def test_token_ends_are_characters():
 
 
 def test_control_strings_are_text(tokenizer):
-    encoded = ids(TextEncoder(tokenizer).encode(["a</think>b<|im_end|>"])[0])
+    encoded = ids(TextEncoder(tokenizer).encode(["a</think>b<|im_end|>"], START)[0])
     assert tokenizer.convert_tokens_to_ids("</think>") not in encoded
     assert tokenizer.decode(encoded) == "a</think>b<|im_end|>"

@@ -11,13 +11,14 @@ earlier exchanges stand as inference shows them, without their reasoning.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from thinkfusion.conversations import Conversation, DataError, Exchange, Message
 from thinkfusion.dialects import TOOL_TAGS, InstalledTemplate, check_control_tokens, installed_template
 from thinkfusion.modes import CONTROL, EMPTY_BLOCK, THINK_CLOSE, THINK_OPEN, Mode, Scheme, split_soft_switch
+from thinkfusion.tokenising import AFTER_CONTROL, AFTER_TEXT, START, TOKEN_BYTES, TextEncoder, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,11 +75,12 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template: InstalledTemplate = template
         self.scheme: Scheme = template.scheme
-        self._plain = _without_added_tokens(tokenizer)
+        self._encoder = TextEncoder(tokenizer)
         markup = (*template.dialect.control_tokens, *TOOL_TAGS)
         self._control_ids = {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if text in markup}
         if template.bos:
             self._control_ids[tokenizer.bos_token] = tokenizer.bos_token_id
+        self._control_bytes = {text: token_bytes(id_) for text, id_ in self._control_ids.items()}
 
     def targets(self, conversation: Conversation) -> list[Target]:
         """The training sequences of a conversation, each (exchange, mode) of it in exactly one.
@@ -183,42 +185,49 @@ class Renderer:
             pieces = [part for piece in pieces for part in _split_keeping(piece, tag)]
         return [Segment(piece, piece in TOOL_TAGS, trained) for piece in pieces if piece]
 
-    def encode(self, rendered: Sequence[list[Segment]]) -> list[tuple[list[int], list[bool]]]:
+    def encode(self, rendered: Sequence[Iterable[Segment]]) -> list[tuple[list[int], list[bool]]]:
         """Ids and trained flags of each list of segments; all text is tokenised in one batch."""
-        joined = [list(self._join(segments)) for segments in rendered]
-        texts = list(dict.fromkeys(segment.text for pieces in joined for segment in pieces if not segment.control))
-        encoded = self._plain.encode_batch_fast(texts, add_special_tokens=False)
-        ids_of = {text: encoding.ids for text, encoding in zip(texts, encoded, strict=True)}
         results = []
-        for pieces in joined:
-            ids: list[int] = []
-            trained: list[bool] = []
-            for piece in pieces:
-                new = [self._control_ids[piece.text]] if piece.control else ids_of[piece.text]
-                ids += new
-                trained += [piece.trained] * len(new)
-            results.append((ids, trained))
+        for pieces in self.encode_pieces(rendered):
+            ids = memoryview(b"".join([piece for piece, _ in pieces])).cast("i").tolist()
+            flags = [flag for piece, trained in pieces for flag in (trained,) * (len(piece) // TOKEN_BYTES)]
+            results.append((ids, flags))
         return results
 
-    def _join(self, segments: Iterable[Segment]) -> Iterator[Segment]:
-        """Join neighbouring text of one kind, as a template joins it before it is tokenised.
+    def encode_pieces(self, rendered: Sequence[Iterable[Segment]]) -> list[list[tuple[bytes, bool]]]:
+        """For each list of segments its pieces, in order: their ids, as bytes of 32-bit integers, and whether trained.
 
-        Text is split where the loss begins, because there inference splits prompt and reply. Markup that the
-        tokenizer does not know as a token is text.
+        Neighbouring text of one kind is joined, as a template joins it before it is tokenised; it is split where the
+        loss begins, because there inference splits prompt and reply. Markup that the tokenizer does not know as a
+        token is text.
         """
-        waiting: Segment | None = None
-        for given in segments:
-            segment = given._replace(control=given.control and given.text in self._control_ids)
-            if segment.control or waiting is None or waiting.trained != segment.trained:
-                if waiting is not None and waiting.text:
-                    yield waiting
-                waiting = None
-            if segment.control:
-                yield segment
-            else:
-                waiting = segment if waiting is None else waiting._replace(text=waiting.text + segment.text)
-        if waiting is not None and waiting.text:
-            yield waiting
+        control, wanted = self._control_bytes, self._encoder.kinds()
+        joined: list[list[tuple[bytes | tuple[int, str], bool]]] = []
+        for segments in rendered:
+            pieces: list[tuple[bytes | tuple[int, str], bool]] = []
+            text, kind, kept = "", START, False
+            for part, is_control, trained in segments:
+                if is_control and part in control:
+                    if text:
+                        pieces.append(((kind, text), kept))
+                        wanted[kind][text] = b""
+                    pieces.append((control[part], trained))
+                    text, kind = "", AFTER_CONTROL
+                elif trained != kept and text:
+                    pieces.append(((kind, text), kept))
+                    wanted[kind][text] = b""
+                    text, kind, kept = part, AFTER_TEXT, trained
+                else:
+                    text, kept = text + part, trained
+            if text:
+                pieces.append(((kind, text), kept))
+                wanted[kind][text] = b""
+            joined.append(pieces)
+        self._encoder.fill(wanted)
+        return [
+            [(piece if isinstance(piece, bytes) else wanted[piece[0]][piece[1]], trained) for piece, trained in pieces]
+            for pieces in joined
+        ]
 
     def render(self, conversations: Sequence[Conversation]) -> list[list[Rendered]]:
         """All training sequences of each conversation (see `targets`)."""
@@ -266,15 +275,6 @@ def _without_tail(ids: list[int], trained: list[bool]) -> tuple[list[int], list[
     """Cut what follows the last trained token: nothing there is learned from or looked at."""
     last = max((index for index, is_trained in enumerate(trained) if is_trained), default=len(ids) - 1)
     return ids[: last + 1], trained[: last + 1]
-
-
-def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A copy of the tokenizer that knows no added token, so that every text is ordinary text to it."""
-    from tokenizers import Tokenizer
-
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    description |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    return Tokenizer.from_str(json.dumps(description))
 
 
 def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, mode: Mode | str | bool) -> Rendered:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TOKEN_BYTES = 4
 """Ids travel as the bytes of 32-bit integers: they are joined and written without ever being Python objects."""
+START, AFTER_CONTROL, AFTER_TEXT = range(3)
 MAX_WORDS = 400_000
 LONGEST_WORD = 200
 # No control characters, no white space beyond ASCII's, no combining marks: what is left is read alike by every engine,
@@ -38,8 +39,8 @@ _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 class TextEncoder:
     """Encodes text as ordinary text, whatever control strings it holds.
 
-    `after_text` continues a text that was encoded before it, `start` begins a sequence, and what is neither follows
-    a control token: tokenizers that mark the beginning of a text with a space (SentencePiece) tell them apart.
+    Tokenizers that mark the beginning of a text with a space (SentencePiece) tell apart where a text stands: at the
+    START of a sequence, AFTER_CONTROL tokens, or AFTER_TEXT, which it continues.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -47,19 +48,28 @@ class TextEncoder:
         description |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._whole = _build(description)
         scheme = _prefix_scheme(description)
-        self._start = self._whole
-        self._inner = _build(_without_prefix(description)) if scheme is not None else self._whole
-        if scheme == "first":
-            # Only the text that begins a sequence is marked, not what follows a control token.
-            self._whole = self._inner
+        unmarked = _build(_without_prefix(description)) if scheme is not None else self._whole
+        # "first" marks the text that begins a sequence, and not what follows a control token.
+        self._at = (self._whole, unmarked if scheme == "first" else self._whole, unmarked)
+        self._one_kind = scheme is None
         self._cut = _word_cutter(description)
         if self._cut is not None:
             self._words = _Words(description, self._cut)
             self._runs = _Runs(self._words)
 
-    def encode(self, texts: Sequence[str], *, after_text: bool = False, start: bool = False) -> list[bytes]:
-        """The ids of each text, as the bytes of 32-bit integers in the machine's order."""
-        tokenizer = self._inner if after_text else self._start if start else self._whole
+    def kinds(self) -> tuple[dict[str, bytes], dict[str, bytes], dict[str, bytes]]:
+        """Empty memories of texts for START, AFTER_CONTROL and AFTER_TEXT; one and the same if all are alike."""
+        memory: dict[str, bytes] = {}
+        return (memory, memory, memory) if self._one_kind else (memory, {}, {})
+
+    def fill(self, kinds: Sequence[dict[str, bytes]]) -> None:
+        """Set the ids of every text in the memories that `kinds` made."""
+        for place, memory in enumerate(kinds[:1] if self._one_kind else kinds):
+            memory.update(zip(memory, self.encode(list(memory), place), strict=True))
+
+    def encode(self, texts: Sequence[str], place: int) -> list[bytes]:
+        """The ids of each text at such a place, as the bytes of 32-bit integers in the machine's order."""
+        tokenizer = self._at[place]
         if self._cut is None:
             return _encode_whole(tokenizer, texts)
         words, runs, splits = self._words, self._runs, self._cut.splits_at_spaces
@@ -84,6 +94,11 @@ class TextEncoder:
     def token_ends(self, text: str) -> list[int]:
         """For each token of `text`, the character at which it ends."""
         return [end for _, end in self._whole.encode(text, add_special_tokens=False).offsets]
+
+
+def token_bytes(token: int) -> bytes:
+    """One token as `TextEncoder` gives many."""
+    return array("i", [token]).tobytes()
 
 
 class _Cutter:
