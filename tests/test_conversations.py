@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from thinkfusion.conversations import REASONING_FIELDS, Conversation, DataError, Message, split_inline_reasoning
+from thinkfusion.conversations import REASONING_FIELDS, Conversation, DataError, Message
 from thinkfusion.modes import Mode
+from thinkfusion.texts import split_inline_reasoning
 
 THINKING, NON_THINKING = (Mode.THINKING,), (Mode.NON_THINKING,)
 
@@ -265,7 +266,7 @@ BAD = [
     ),
     ([{"role": ["user"], "content": "a"}], "unknown_role", "messages[0].role: found ['user']"),
     ([user(None), assistant()], "bad_message", "messages[0].content: found None"),
-    ([{"role": "user"}, assistant()], "bad_message", "messages[0].content: found None"),
+    ([{"role": "user"}, assistant()], "bad_message", "messages[0].content: missing; found the fields role"),
     ([user(), assistant(4)], "bad_message", "messages[1].content: found 4"),
     ([user(), assistant(False)], "bad_message", "messages[1].content: found False"),
     ([user(), assistant(reasoning=3)], "bad_message", "messages[1].reasoning: found 3"),

@@ -1,65 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversation is: a system text, tools, and exchanges; and the error that says what is wrong with one."""
+"""What a conversation is: a system text, tools, and exchanges; and how messages group into one."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from thinkfusion.modes import THINK_CLOSE, THINK_OPEN, Mode, split_soft_switch
+from thinkfusion.messages import REASONING_FIELDS, ROLES, Message, Placed, read_message
+from thinkfusion.modes import Mode, split_soft_switch
+from thinkfusion.reading import DataError, MessageOptions, Note, Reading, show
+from thinkfusion.tool_calls import parse_json, read_tools
 
-ROLES = ("system", "user", "assistant", "tool")
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-
-
-class DataError(ValueError):
-    """A row that cannot be trained on: where it stands, what was found, and what to do.
-
-    `reason` is the short name under which a row report counts it (`unclosed_think`, `empty_answer`, …).
-    """
-
-    def __init__(self, reason: str, message: str, *, source: str = "", line: int | None = None) -> None:
-        self.reason, self.message, self.source, self.line = reason, message, source, line
-        super().__init__(message)
-
-    def at(self, source: str, line: int) -> DataError:
-        """The same error with the place it was found at; `line` counts from 1."""
-        return DataError(self.reason, self.message, source=source, line=line)
-
-    def __str__(self) -> str:
-        place = f"{self.source}, row {self.line}: " if self.line is not None else ""
-        return f"{place}{self.message} [{self.reason}]"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_data_error, (self.reason, self.message, self.source, self.line)
-
-
-def _rebuild_data_error(reason: str, message: str, source: str, line: int | None) -> DataError:
-    return DataError(reason, message, source=source, line=line)
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message. `reasoning` is what an assistant thought before `content`; None or text that is not blank.
-
-    `tool_calls` holds `{"name": str, "arguments": dict}`, in the order of the calls.
-    """
-
-    role: str
-    content: str = ""
-    reasoning: str | None = None
-    tool_calls: tuple[dict[str, Any], ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The message as `apply_chat_template` takes it."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.reasoning is not None:
-            message["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = [{"type": "function", "function": call} for call in self.tool_calls]
-        return message
+__all__ = [
+    "REASONING_FIELDS",
+    "ROLES",
+    "Conversation",
+    "DataError",
+    "Exchange",
+    "Message",
+    "MessageOptions",
+    "Note",
+    "converse",
+    "read_messages",
+    "read_mode",
+]
 
 
 @dataclass(frozen=True)
@@ -102,252 +67,250 @@ class Conversation:
         cls,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | str | None = None,
         mode: Mode | str | bool | None = None,
+        notes: list[Note] | None = None,
     ) -> Conversation:
         """Build a conversation from OpenAI-style messages and check it.
 
-        Reasoning is taken from `reasoning_content`, `reasoning`, `thinking`, or a `<think>…</think>` at the start of
-        an assistant's content. An exchange is trained in thinking mode if it has reasoning and else in
-        non-thinking mode, unless `mode` says otherwise for all of them.
+        Reasoning is taken from `reasoning_content`, `reasoning`, `thinking`, a content part, or a `<think>…</think>`
+        at the start of an assistant's content. An exchange is trained in thinking mode if it has reasoning and else
+        in non-thinking mode, unless `mode` says otherwise for all of them. What was repaired is added to `notes`.
 
         Raises DataError, which names the message and the field, for anything that is not a valid conversation.
         """
-        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-            raise DataError(
-                "empty_conversation", f"messages: found {_show(messages)}, expected a list of at least one message."
-            )
-        parsed = [_message(index, message) for index, message in enumerate(messages)]
-        system = None
-        if parsed[0].role == "system":
-            system = parsed[0].content
-            parsed = parsed[1:]
-        offset = len(messages) - len(parsed)
-        exchanges = _exchanges(parsed, offset)
-        wanted = None if mode is None else _mode(mode)
-        for exchange in exchanges:
-            if wanted is Mode.THINKING and not exchange.has_reasoning:
-                raise DataError(
-                    "missing_reasoning",
-                    "mode: this row is marked as thinking, but an exchange has no reasoning. Give it in "
-                    "reasoning_content, or mark the row as non-thinking.",
-                )
-        _check_soft_switches(system, exchanges, wanted)
-        return cls(
-            exchanges=tuple(replace(exchange, modes=(wanted or _own_mode(exchange),)) for exchange in exchanges),
-            system=system,
-            tools=tuple(_tool(index, tool) for index, tool in enumerate(_list("tools", tools, "bad_tools"))),
+        reading = Reading(MessageOptions(), [] if notes is None else notes)
+        offered = read_tools(tools, reading)
+        return converse(
+            read_messages(messages, "messages", reading),
+            reading,
+            tools=offered,
+            mode=None if mode is None else read_mode(mode),
         )
 
-    def to_messages(self) -> list[dict[str, Any]]:
-        """The conversation as OpenAI-style messages, reasoning in `reasoning_content`."""
+    def to_messages(self, mode: Mode = Mode.THINKING) -> list[dict[str, Any]]:
+        """The conversation as OpenAI-style messages, reasoning in `reasoning_content`.
+
+        Where exchanges have two answers, the last shows that of `mode`, earlier ones the non-thinking one.
+        """
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        for exchange in self.exchanges:
-            messages += [message.to_dict() for message in (exchange.user, *exchange.steps)]
+        for index, exchange in enumerate(self.exchanges):
+            steps = exchange.steps_in(mode if index + 1 == len(self.exchanges) else Mode.NON_THINKING)
+            messages += [message.to_dict() for message in (exchange.user, *steps)]
         return messages
 
 
-def _own_mode(exchange: Exchange) -> Mode:
-    return Mode.THINKING if exchange.has_reasoning else Mode.NON_THINKING
-
-
-def _mode(value: Any) -> Mode:
+def read_mode(value: Any, name: str = "mode") -> Mode:
+    """The mode that the field `name` of a row gives."""
     try:
         return Mode.parse(value)
-    except ValueError as error:
-        raise DataError("unknown_mode", f"mode: {error}") from None
-
-
-def _show(value: Any) -> str:
-    """A short, printable form of `value` for an error message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _message(index: int, message: Any) -> Message:
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise DataError("bad_message", f"{where}: found {_show(message)}, expected an object with role and content.")
-    if "role" not in message:
-        raise DataError("bad_message", f"{where}.role: missing; found the fields {', '.join(map(str, message))}.")
-    role = message["role"]
-    if role not in ROLES:
-        raise DataError("unknown_role", f"{where}.role: found {_show(role)}, expected one of {', '.join(ROLES)}.")
-    content = message.get("content")
-    given = _list(f"{where}.tool_calls", message.get("tool_calls"), "bad_message")
-    calls = tuple(_tool_call(f"{where}.tool_calls[{number}]", call) for number, call in enumerate(given))
-    if content is None and role == "assistant":
-        content = ""
-    if not isinstance(content, str):
-        raise DataError("bad_message", f"{where}.content: found {_show(message.get('content'))}, expected text.")
-    _check_unicode(f"{where}.content", content)
-    if role != "assistant":
-        if calls:
-            raise DataError("bad_message", f"{where}.tool_calls: only an assistant calls tools, found role {role!r}.")
-        return Message(role, content)
-    reasoning = _reasoning_field(where, message)
-    inline, content = split_inline_reasoning(content, where)
-    if inline is not None and reasoning is not None and inline.strip() != reasoning.strip():
+    except ValueError:
         raise DataError(
-            "conflicting_reasoning",
-            f"{where}: the reasoning of its field and that inside <think>…</think> differ. Keep one of them.",
-        )
-    reasoning = reasoning if reasoning is not None else inline
-    for name, text in (("content", content), ("reasoning", reasoning or "")):
-        _refuse_control_strings(f"{where}.{name}", text)
-    if not content.strip() and not calls:
-        raise DataError(
-            "empty_answer",
-            f"{where}.content: found {_show(message.get('content'))}, but an assistant message without tool calls "
-            "needs an answer.",
-        )
-    return Message(role, content, reasoning, calls)
-
-
-def _list(where: str, value: Any, reason: str) -> Sequence[Any]:
-    """`value` as a sequence, nothing as an empty one."""
-    if value is None:
-        return ()
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise DataError(reason, f"{where}: found {_show(value)}, expected a list.")
-    return value
-
-
-def _check_unicode(where: str, text: str) -> None:
-    """Refuse a lone surrogate (an escape like `\\ud83d` without its partner): it is no character."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            "invalid_unicode", f"{where}: found a lone surrogate at character {error.start + 1}, which is no character."
+            "unknown_mode", f"{name}: unknown mode {show(value)}; use 'thinking' or 'non_thinking' (or true, false)."
         ) from None
 
 
-def _reasoning_field(where: str, message: Mapping[str, Any]) -> str | None:
-    given = {name: message[name] for name in REASONING_FIELDS if message.get(name) is not None}
-    for name, value in given.items():
-        if not isinstance(value, str):
-            raise DataError("bad_message", f"{where}.{name}: found {_show(value)}, expected text.")
-        _check_unicode(f"{where}.{name}", value)
-    texts = {value.strip(): value for value in given.values() if value.strip()}
-    if len(texts) > 1:
-        raise DataError(
-            "conflicting_reasoning", f"{where}: {' and '.join(given)} hold different texts. Keep one of them."
-        )
-    return next(iter(texts.values()), None)
+def read_messages(value: Any, name: str, reading: Reading) -> list[Placed]:
+    """The messages in the field `name` of a row: a list, or JSON text of one."""
+    if isinstance(value, str):
+        value = _parsed_list(value, name, reading)
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)) or not value:
+        raise DataError("empty_conversation", f"{name}: found {show(value)}, expected a list of at least one message.")
+    return [read_message(message, f"{name}[{index}]", reading) for index, message in enumerate(value)]
 
 
-def split_inline_reasoning(content: str, where: str = "content") -> tuple[str | None, str]:
-    """Take a leading `<think>…</think>` out of `content`: its text (None if blank or absent), and the rest.
-
-    An opening tag that stood in the prompt may be missing. Raises DataError `unclosed_think`, `multiple_think`
-    or `late_think`; the line breaks around the tags are markup and are left out.
-    """
-    opens, closes = content.count(THINK_OPEN), content.count(THINK_CLOSE)
-    if not opens and not closes:
-        return None, content
-    if opens > closes:
-        raise DataError(
-            "unclosed_think", f"{where}: a <think> is never closed. Add the missing </think>, or leave the row out."
-        )
-    if closes > 1:
-        raise DataError(
-            "multiple_think", f"{where}: found {closes} think blocks, expected one at the start of the answer."
-        )
-    before, _, answer = content.partition(THINK_CLOSE)
-    head, opened, trace = before.partition(THINK_OPEN)
-    if opened and head.strip():
-        raise DataError("late_think", f"{where}: the think block begins after the answer: {_show(head.strip())}.")
-    if not opened:
-        # Either the tag stood in the prompt (head is all of it), or `<think>` follows `</think>`.
-        if THINK_OPEN in answer:
-            raise DataError("unclosed_think", f"{where}: a <think> follows </think> and is never closed.")
-        trace = head
-    reasoning = trace.strip("\n")
-    return (reasoning if reasoning.strip() else None), answer.lstrip("\n")
+def _parsed_list(text: str, name: str, reading: Reading) -> Any:
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return text
+    if isinstance(value, list):
+        reading.repaired("parsed_json", f"{name}: a JSON text, read as the list that it holds.")
+    return value
 
 
-def _refuse_control_strings(where: str, text: str) -> None:
-    for tag in (THINK_OPEN, THINK_CLOSE):
-        if tag in text:
-            raise DataError(
-                "control_token_in_answer",
-                f"{where}: found the control string {tag} inside the text. Remove it, or leave the row out.",
-            )
+def converse(
+    placed: Sequence[Placed],
+    reading: Reading,
+    *,
+    tools: tuple[dict[str, Any], ...] = (),
+    mode: Mode | None = None,
+    language: str = "",
+) -> Conversation:
+    """Group messages into a conversation, with the repairs that the options of the reading allow."""
+    start = 0
+    while start < len(placed) and placed[start].message.role == "system":
+        start += 1
+    system = placed[0].message.content if start else None
+    if start > 1:
+        reading.repaired("joined_system", f"{placed[0].place}: {start} system messages are joined with blank lines.")
+        system = "\n\n".join(each.message.content for each in placed[:start])
+    turns = _repaired(list(placed[start:]), reading)
+    spans = _spans(turns, reading)
+    if mode is Mode.NON_THINKING and reading.options.drop_reasoning:
+        turns = _without_reasoning(turns, reading)
+    exchanges = tuple(_exchange(turns[first:end], mode) for first, end in spans)
+    if not any(exchange.modes for exchange in exchanges):
+        raise DataError("no_answer", f"{turns[-1].place}: no answer that could be trained follows the prompt.")
+    _check_soft_switches(system, exchanges)
+    return Conversation(exchanges, system, tools, language=language)
 
 
-def _tool_call(where: str, call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError("bad_message", f"{where}: found {_show(call)}, expected a function with a name.")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise DataError("bad_tool_arguments", f"{where}.arguments: not JSON ({error}).") from None
-    if not isinstance(arguments, Mapping):
-        raise DataError("bad_tool_arguments", f"{where}.arguments: found {_show(arguments)}, expected an object.")
-    _check_unicode(f"{where}.arguments", json.dumps(arguments, ensure_ascii=False, default=str))
-    return {"name": function["name"], "arguments": dict(arguments)}
+def _repaired(turns: list[Placed], reading: Reading) -> list[Placed]:
+    """The turns without a question at the end that nobody answers, and with what the options allow."""
+    if reading.options.drop_first_assistant:
+        first = next((index for index, turn in enumerate(turns) if turn.message.role == "user"), 0)
+        if first and turns[0].message.role == "assistant":
+            reading.altered("dropped_first_assistant", f"{turns[0].place}: said before the first user message.")
+            turns = turns[first:]
+    if reading.options.join_messages:
+        turns = _joined(turns, reading)
+    end = len(turns)
+    while end > 1 and turns[end - 1].message.role == "user":
+        end -= 1
+    if 1 < end < len(turns):
+        reading.repaired("trailing_user", f"{turns[end].place}: a user message without an answer is left out.")
+        turns = turns[:end]
+    return turns
 
 
-def _tool(index: int, tool: Any) -> dict[str, Any]:
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError("bad_tools", f"tools[{index}]: found {_show(tool)}, expected a function with a name.")
-    return dict(tool)
+def _joined(turns: list[Placed], reading: Reading) -> list[Placed]:
+    joined: list[Placed] = []
+    for turn in turns:
+        last = joined[-1] if joined else None
+        role = turn.message.role
+        if last is None or last.message.role != role or role not in ("user", "assistant") or last.message.tool_calls:
+            joined.append(turn)
+            continue
+        if turn.message.reasoning is not None:
+            raise DataError("late_think", f"{turn.place}: has reasoning, and follows an answer that it cannot join.")
+        reading.altered("joined_messages", f"{turn.place}: joined to the {role} message before it with a blank line.")
+        content = "\n\n".join(filter(None, (last.message.content, turn.message.content)))
+        message = Message(role, content, last.message.reasoning, turn.message.tool_calls)
+        joined[-1] = Placed(message, last.place, turn.call_ids, context=turn.context)
+    return joined
 
 
-_FOLLOWS = {
+def _without_reasoning(turns: list[Placed], reading: Reading) -> list[Placed]:
+    if all(turn.message.reasoning is None for turn in turns):
+        return turns
+    reading.altered("dropped_reasoning", "mode: the row is marked as non-thinking, so that its reasoning is left out.")
+    return [
+        turn._replace(message=Message(turn.message.role, turn.message.content, None, turn.message.tool_calls))
+        for turn in turns
+    ]
+
+
+_EXPECTED = {
     "user": ("assistant",),
-    "assistant": (),
+    "assistant": ("user",),
     "assistant that called tools": ("tool",),
     "tool": ("tool", "assistant"),
 }
+_OPTIONS = {
+    ("user", "user"): " Join such messages with --join_messages.",
+    ("assistant", "assistant"): " Join such messages with --join_messages.",
+}
 
 
-def _exchanges(messages: Sequence[Message], offset: int) -> list[Exchange]:
-    """Group messages into exchanges; `offset` is the index of the first one in the row, for error messages."""
-    users = [index for index, message in enumerate(messages) if message.role == "user"]
+def _spans(turns: Sequence[Placed], reading: Reading) -> list[tuple[int, int]]:
+    """Where each exchange begins and ends; raises DataError where a role cannot follow the one before it."""
+    users = [index for index, turn in enumerate(turns) if turn.message.role == "user"]
     if not users:
         raise DataError("no_user", "messages: there is no user message, and so nothing to reply to.")
     if users[0] != 0:
-        reason = "system_position" if messages[0].role == "system" else "role_order"
-        raise DataError(reason, f"messages[{offset}].role: found {messages[0].role!r}, expected the user to begin.")
-    exchanges = []
-    for start, end in zip(users, [*users[1:], len(messages)], strict=True):
-        previous = "user"
-        for index in range(start + 1, end):
-            role = messages[index].role
-            if role not in _FOLLOWS[previous]:
-                reason = {"system": "system_position", "tool": "tool_order"}.get(role, "role_order")
-                expected = " or ".join((*_FOLLOWS[previous], "user") if previous == "assistant" else _FOLLOWS[previous])
-                raise DataError(
-                    reason,
-                    f"messages[{offset + index}].role: found {role!r} after {previous!r}, expected {expected}.",
-                )
-            previous = "assistant that called tools" if messages[index].tool_calls else role
-        is_last = end == len(messages)
-        if previous == "assistant that called tools" and not is_last:
-            raise DataError("tool_order", f"messages[{offset + end}].role: found 'user' before the tool's result.")
-        if not previous.startswith("assistant"):
+        first = turns[0]
+        option = " Leave it out with --drop_first_assistant." if first.message.role == "assistant" else ""
+        raise DataError(
+            "role_order", f"{first.place}.role: found {first.message.role!r}, expected the user to begin.{option}"
+        )
+    previous = "user"
+    calls = 0
+    for index in range(1, len(turns)):
+        role = turns[index].message.role
+        if role not in _EXPECTED[previous]:
+            raise _order_error(turns[index], previous)
+        if role == "tool" and previous != "tool":
+            calls = index - 1
+        elif previous == "tool" and role != "tool":
+            _check_results(turns[calls], turns[calls + 1 : index], reading)
+        previous = "assistant that called tools" if turns[index].message.tool_calls else role
+    if not previous.startswith("assistant"):
+        raise DataError("no_answer", f"{turns[-1].place}: no assistant message answers this {previous} message.")
+    return list(zip(users, [*users[1:], len(turns)], strict=True))
+
+
+def _order_error(turn: Placed, previous: str) -> DataError:
+    role = turn.message.role
+    if role == "system":
+        reason = "system_position"
+    elif role == "tool" or previous == "assistant that called tools":
+        reason = "tool_order"
+    else:
+        reason = "role_order"
+    return DataError(
+        reason,
+        f"{turn.place}.role: found {role!r} after {previous!r}, expected {' or '.join(_EXPECTED[previous])}."
+        + _OPTIONS.get((role, previous), ""),
+    )
+
+
+def _check_results(caller: Placed, results: Sequence[Placed], reading: Reading) -> None:
+    """Refuse results that do not belong to the calls before them, by their ids, their names, or their number.
+
+    One result may answer several calls at once, as some data sets write it.
+    """
+    calls = caller.message.tool_calls
+    names = {call["name"] for call in calls}
+    open_ids = [call_id for call_id in caller.call_ids if call_id is not None]
+    for result in results:
+        call_id, name = result.answers
+        if name is not None and name not in names:
             raise DataError(
-                "no_answer" if is_last else "role_order",
-                f"messages[{offset + end - 1}]: no assistant message answers this {previous} message.",
+                "tool_order",
+                f"{result.place}.name: found {show(name)}, expected a tool just called: {', '.join(sorted(names))}.",
             )
-        exchanges.append(Exchange(messages[start], tuple(messages[start + 1 : end])))
-    return exchanges
+        if call_id is None or not caller.call_ids or caller.call_ids.count(None) == len(calls):
+            continue
+        if call_id not in open_ids:
+            raise DataError(
+                "tool_order",
+                f"{result.place}.tool_call_id: found {show(call_id)}, expected the id of a call without a result: "
+                f"{show(open_ids)}.",
+            )
+        if call_id != open_ids[0]:
+            reading.noted("results_out_of_order", f"{result.place}: the results stand in another order than the calls.")
+        open_ids.remove(call_id)
+    if len(results) != len(calls) and (len(results) != 1 or results[0].answers[0] is not None):
+        raise DataError(
+            "tool_order",
+            f"{caller.place}.tool_calls: found {len(results)} results for {len(calls)} calls, expected one for each "
+            "(or one without an id for all).",
+        )
 
 
-def _check_soft_switches(system: str | None, exchanges: Sequence[Exchange], wanted: Mode | None) -> None:
+def _exchange(turns: Sequence[Placed], mode: Mode | None) -> Exchange:
+    steps = tuple(turn.message for turn in turns[1:])
+    if all(turn.context for turn in turns):
+        return Exchange(turns[0].message, steps)
+    thinks = any(step.reasoning is not None for step in steps)
+    if mode is Mode.THINKING and not thinks:
+        raise DataError(
+            "missing_reasoning",
+            f"mode: this row is marked as thinking, but {turns[1].place} has no reasoning. Give it in "
+            "reasoning_content, or mark the row as non-thinking.",
+        )
+    return Exchange(turns[0].message, steps, (mode or (Mode.THINKING if thinks else Mode.NON_THINKING),))
+
+
+def _check_soft_switches(system: str | None, exchanges: Sequence[Exchange]) -> None:
     """Refuse a row whose text asks for one mode while its answer is of the other."""
-    standing = split_soft_switch(system or "")[1]
+    standing = None if system is None else split_soft_switch(system)[1]
     for exchange in exchanges:
         standing = split_soft_switch(exchange.user.content)[1] or standing
-        given = wanted or _own_mode(exchange)
-        if standing is not None and standing is not given:
+        if standing is not None and exchange.modes and exchange.modes != (standing,):
             raise DataError(
                 "mode_conflict",
-                f"mode: a message switches to {standing} with its last word, but the answer is {given}.",
+                f"mode: a message switches to {standing} with its last word, but the answer is "
+                f"{' and '.join(exchange.modes)}. Remove the switch, or correct the mode.",
             )
