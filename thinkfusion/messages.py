@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from thinkfusion.modes import THINK_CLOSE, THINK_OPEN
 from thinkfusion.reading import DataError, Reading, fields_of, show
 from thinkfusion.texts import (
     OTHER_REASONING_TAGS,
@@ -162,8 +163,9 @@ def assistant_message(
     check_characters(where, content, reading)
     if _may_hold_tags(content, reading):
         _check_pieces(where, content, pieces)
-        inline, content = take_inline_reasoning(content, place, reading)
-        reasoning = _one_reasoning(reasoning, inline, place, reading)
+        if not _closes_another(content, reasoning):
+            inline, content = take_inline_reasoning(content, place, reading)
+            reasoning = _one_reasoning(reasoning, inline, place, reading)
         check_written(where, content, reading)
     if reasoning is not None:
         check_written(f"{place}.reasoning", reasoning, reading)
@@ -182,6 +184,13 @@ def _may_hold_tags(content: str, reading: Reading) -> bool:
         or reading.options.reasoning_tags is not None
         or content[:64].lstrip().startswith(_FIRST_OF_TAGS)
     )
+
+
+def _closes_another(content: str, reasoning: str | None) -> bool:
+    """Whether a `</think>` without `<think>` cannot be the end of a reasoning, since that stands in a field."""
+    if reasoning is None or THINK_OPEN in content or THINK_CLOSE not in content:
+        return False
+    return content.partition(THINK_CLOSE)[0].strip() != reasoning.strip()
 
 
 def _check_pieces(where: str, content: str, pieces: Sequence[str]) -> None:

@@ -68,7 +68,8 @@ def read_tools(value: Any, reading: Reading) -> tuple[dict[str, Any], ...]:
         except ValueError as error:
             raise DataError("bad_tools", f"tools: not JSON ({error}); found {show(value)}, expected a list.") from None
     return tuple(
-        _tool(f"tools[{index}]", tool, reading) for index, tool in enumerate(as_list("tools", value, "bad_tools"))
+        _tool(f"tools[{index}]", tool, reading, filled=not is_text)
+        for index, tool in enumerate(as_list("tools", value, "bad_tools"))
     )
 
 
