@@ -10,10 +10,12 @@ import pytest
 
 from thinkfusion.conversations import DataError
 from thinkfusion.modes import Mode
-from thinkfusion.records import SHOWN_ERRORS, RecordOptions, RowReport, iterate_rows, read_conversations
+from thinkfusion.records import RecordOptions, RowReport, read_conversations
+from thinkfusion.row_report import SHOWN_ERRORS
+from thinkfusion.sources import iterate_rows
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-SKIP = RecordOptions(on_bad_row="skip")
+SKIP = RecordOptions(on_bad_row="skip", max_skipped=1.0)
 ROWS = [
     {"question": "2+2?", "reasoning": "2 and 2", "answer": "4"},
     {"question": "수도는?", "reasoning": None, "answer": "서울"},
@@ -204,7 +206,8 @@ def test_given_rows_must_be_objects():
     error = error_of([ROWS[0], ["2+2?", "4"]])
     assert (error.reason, str(error)) == (
         "not_an_object",
-        "rows, row 2: found list, expected an object with named fields. [not_an_object]",
+        "rows, row 2: found list, expected an object with named fields. Leave such rows out with on_bad_row='skip' "
+        "(--on_bad_row skip). [not_an_object]",
     )
 
 
@@ -240,8 +243,8 @@ def test_a_directory_is_an_error(tmp_path):
 
 
 def test_another_suffix_is_an_error_that_lists_the_known(write):
-    with pytest.raises(ValueError, match=r"'\.csv' are not read; use \.jsonl, \.json, \.parquet"):
-        read_conversations(write("a,b", "rows.csv"))
+    with pytest.raises(ValueError, match=r"'\.txt' are not read; use \.jsonl, \.ndjson, \.json, .*\.parquet"):
+        read_conversations(write("a,b", "rows.txt"))
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------
@@ -382,7 +385,8 @@ def test_nothing_before_the_separator_is_no_reasoning():
 
 def test_a_missing_separator_is_named():
     error = error_of([{"question": "2+2?", "answer": "4"}], RecordOptions(answer_separator="####"))
-    assert (error.reason, error.message) == ("missing_separator", "answer: the separator '####' is missing.")
+    assert error.reason == "missing_separator"
+    assert error.message.startswith("answer: the separator '####' is missing. Leave such rows out with")
 
 
 def test_a_pattern_is_removed_from_reasoning_and_answer_only():
@@ -396,7 +400,7 @@ def test_a_pattern_is_removed_from_reasoning_and_answer_only():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "alpaca"}, "format: 'alpaca'.*messages, columns"),
+        ({"format": "alpacas"}, "format: 'alpacas'.*messages, .*columns"),
         ({"on_bad_row": "ignore"}, "on_bad_row: 'ignore'.*error, skip"),
         ({"answer_separator": ""}, "answer_separator: found an empty text"),
         ({"remove_pattern": "<<("}, r"remove_pattern: '<<\('"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from thinkfusion.conversations import DataError
 from thinkfusion.generation import Prompter, Sampling, generate, split_pending
 from thinkfusion.modes import REPLY_CLASSES, Mode, Reply
-from thinkfusion.records import iterate_rows
+from thinkfusion.sources import iterate_rows
 from thinkfusion.tasks import LANGUAGES, TASKS, generate_samples, grade
 
 if TYPE_CHECKING:
