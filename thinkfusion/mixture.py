@@ -327,6 +327,8 @@ class TokenAccount:
         self, source: str, mode: Mode | str, language: str, tokens: int, *, stage: str = "before", rows: int = 1
     ) -> None:
         """Count `rows` rows that have `tokens` trained tokens together, at the stage "before" or "after"."""
+        if stage not in STAGES:
+            raise ValueError(f"stage: {stage!r} is unknown; choose one of {', '.join(STAGES)}.")
         after = STAGES.index(stage)
         cell = self.cells.setdefault((source, Mode(mode).value, language), [0, 0, 0, 0])
         cell[after] += rows
