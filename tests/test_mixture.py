@@ -420,6 +420,12 @@ def test_a_ratio_is_exact_where_it_can_be(ratio, unit, expected):
     assert tuple(shares(rows, kept, "samples")) == expected
 
 
+def test_of_two_equally_near_cuts_the_shorter_is_taken():
+    """Also where the share has no exact float: 0.1 is a little more than a tenth, and must not tip the scale."""
+    rows = [(n, 0, n / 10, [(0, 2)]) for n in range(5)] + [(5, 0, 0.9, [(1, 27)])]
+    assert chosen(rows, MixtureOptions("ratio", ratio=0.1)) == [(0, 0), (5, 0)]
+
+
 def test_copies_of_a_row_count_one_by_one():
     """Three copies of each thinking row with one draw: the cut may fall between them, and falls where it must."""
     rows = [(3 * n + copy, 0, n / 10, [(0, 10)]) for n in range(4) for copy in range(3)]

@@ -81,6 +81,7 @@ def traces(row):
         ("1. Add\n2. Halve it. 3", ["1. Add", "1. Add\n2. Halve it."]),
         ("Primes, e.g. 7 or i.e. 5. So", ["Primes, e.g. 7 or i.e. 5."]),
         ("5! = 120. b", ["5! = 120."]),
+        ("It is 5!\nThat is\n120.\nor so", ["It is 5!", "It is 5!\nThat is", "It is 5!\nThat is\n120."]),
         ("x ? a : b. c", ["x ? a : b."]),
         ("see a.py and b != c. d", ["see a.py and b != c."]),
         ("**Done.** x", ["**Done.**"]),
@@ -370,6 +371,11 @@ def test_shortening_to_fit():
 @pytest.mark.parametrize("excess", [{0: 10}, {0: 99}, {0: 1, 1: 10}, {2: 1}])
 def test_what_cannot_fit_is_none(excess):
     assert shorten_to_fit(conversation(TRACE, TRACE, None), excess, ends_of) is None
+
+
+@pytest.mark.parametrize("trace", ["1.", "e.g.", "5!", "x"])
+def test_a_trace_of_one_short_sentence_cannot_fit(trace):
+    assert shorten_to_fit(conversation(trace), {0: 1}, ends_of) is None
 
 
 def test_fitting_takes_the_longest_trace_first():

@@ -264,7 +264,8 @@ def _within_caps(table: SequenceTable, options: MixtureOptions) -> NDArray[np.in
     rows, first, row_of = np.unique(table.row, return_index=True, return_inverse=True)
     tokens = np.zeros(len(rows), dtype=np.int64)
     np.add.at(tokens, row_of, table.tokens)
-    order = np.lexsort((rows, table.draw[first], table.source[first]))
+    # A stable sort, and rows rise: of equal draws, the smaller row comes first.
+    order = np.lexsort((table.draw[first], table.source[first]))
     sources = table.source[first][order]
     starts = np.flatnonzero(np.r_[True, sources[1:] != sources[:-1]])
     sizes = np.diff(np.r_[starts, len(sources)])
