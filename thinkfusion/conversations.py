@@ -102,12 +102,14 @@ class Conversation:
 
 def read_mode(value: Any, name: str = "mode") -> Mode:
     """The mode that the field `name` of a row gives."""
-    try:
-        return Mode.parse(value)
-    except ValueError:
-        raise DataError(
-            "unknown_mode", f"{name}: unknown mode {show(value)}; use 'thinking' or 'non_thinking' (or true, false)."
-        ) from None
+    if isinstance(value, (bool, str)):
+        try:
+            return Mode.parse(value)
+        except ValueError:
+            pass
+    raise DataError(
+        "unknown_mode", f"{name}: unknown mode {show(value)}; use 'thinking' or 'non_thinking' (or true, false)."
+    )
 
 
 def read_messages(value: Any, name: str, reading: Reading) -> list[Placed]:
