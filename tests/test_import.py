@@ -14,8 +14,10 @@ import thinkfusion
 FOLDER = Path(thinkfusion.__file__).parent
 # Each module imports only from those before it.
 ORDER = [
-    *("modes", "tasks", "conversations", "records", "mixture", "dialects", "rendering", "packing", "moe"),
-    *("generation", "evaluation", "reporting", "checkpointing", "launching", "control_tokens", "training", "cli"),
+    *("modes", "tasks", "reading", "texts", "tool_calls", "messages", "conversations", "formats", "sources"),
+    *("row_report", "records", "mixture", "shortening", "dialects", "chat_templates", "tokenising", "rendering"),
+    *("sequences", "storing", "preparing", "packing", "moe", "generation", "evaluation", "reporting"),
+    *("checkpointing", "launching", "control_tokens", "configuration", "training", "inspecting", "cli"),
 ]
 
 

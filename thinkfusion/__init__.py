@@ -18,20 +18,26 @@ _HOME = {
     "generate_samples": "tasks",
     "grade": "tasks",
     "Conversation": "conversations",
-    "DataError": "conversations",
+    "DataError": "reading",
     "Exchange": "conversations",
-    "Message": "conversations",
-    "RecordOptions": "records",
-    "RowReport": "records",
+    "Message": "messages",
+    "RecordOptions": "formats",
+    "RowReport": "row_report",
+    "Source": "sources",
+    "iterate_conversations": "records",
+    "prompt_overlap": "records",
     "read_conversations": "records",
+    "MixtureOptions": "mixture",
+    "TokenAccount": "mixture",
     "mix": "mixture",
-    "chat_template": "dialects",
-    "install_chat_template": "dialects",
+    "ReasoningOptions": "shortening",
+    "chat_template": "chat_templates",
+    "install_chat_template": "chat_templates",
     "Rendered": "rendering",
     "Renderer": "rendering",
     "render": "rendering",
     "PaddingCollator": "packing",
-    "prepare": "packing",
+    "prepare": "preparing",
     "lora_config": "moe",
     "reply": "generation",
     "stream_reply": "generation",
@@ -46,27 +52,35 @@ _HOME = {
     "load_checkpoint": "checkpointing",
     "ensure_processes": "launching",
     "ModeEvaluationCallback": "training",
-    "ThinkFusionConfig": "training",
+    "ThinkFusionConfig": "configuration",
     "ThinkFusionTrainer": "training",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from thinkfusion.chat_templates import chat_template, install_chat_template
     from thinkfusion.checkpointing import export_checkpoint, load_checkpoint
-    from thinkfusion.conversations import Conversation, DataError, Exchange, Message
-    from thinkfusion.dialects import chat_template, install_chat_template
+    from thinkfusion.configuration import ThinkFusionConfig
+    from thinkfusion.conversations import Conversation, Exchange
     from thinkfusion.evaluation import EvaluationPrompt, ModeReport, evaluate_modes, read_prompts, task_prompts
+    from thinkfusion.formats import RecordOptions
     from thinkfusion.generation import reply, stream_reply
     from thinkfusion.launching import ensure_processes
-    from thinkfusion.mixture import mix
+    from thinkfusion.messages import Message
+    from thinkfusion.mixture import MixtureOptions, TokenAccount, mix
     from thinkfusion.modes import Mode, Reply, Scheme, split_reply
     from thinkfusion.moe import lora_config
-    from thinkfusion.packing import PaddingCollator, prepare
-    from thinkfusion.records import RecordOptions, RowReport, read_conversations
+    from thinkfusion.packing import PaddingCollator
+    from thinkfusion.preparing import prepare
+    from thinkfusion.reading import DataError
+    from thinkfusion.records import iterate_conversations, prompt_overlap, read_conversations
     from thinkfusion.rendering import Rendered, Renderer, render
     from thinkfusion.reporting import mode_table, save_report
+    from thinkfusion.row_report import RowReport
+    from thinkfusion.shortening import ReasoningOptions
+    from thinkfusion.sources import Source
     from thinkfusion.tasks import TaskSample, generate_samples, grade
-    from thinkfusion.training import ModeEvaluationCallback, ThinkFusionConfig, ThinkFusionTrainer
+    from thinkfusion.training import ModeEvaluationCallback, ThinkFusionTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -5,96 +5,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from thinkfusion.checkpointing import load_checkpoint
+from thinkfusion.configuration import ThinkFusionConfig
 from thinkfusion.control_tokens import control_rows, multiply_updates, weigh_closing_token
 from thinkfusion.conversations import Conversation
-from thinkfusion.dialects import CHATML, install_chat_template, installed_template
+from thinkfusion.chat_templates import install_chat_template, installed_template
 from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replies, summarise, task_prompts
 from thinkfusion.generation import Sampling
-from thinkfusion.mixture import MIXTURES
-from thinkfusion.modes import THINK_CLOSE, Mode, get_scheme
+from thinkfusion.modes import Mode
 from thinkfusion.moe import lora_config
-from thinkfusion.packing import MODES, PaddingCollator, prepare
-from thinkfusion.records import ON_BAD_ROW, RecordOptions, RowReport, read_conversations
+from thinkfusion.packing import PaddingCollator
+from thinkfusion.preparing import prepare
+from thinkfusion.row_report import RowReport
+from thinkfusion.sequences import MODES
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ThinkFusionConfig(SFTConfig):
-    """`SFTConfig` with the settings of the two modes, and with other defaults where TRL's would harm them.
-
-    TRL's `max_length` cuts rows at 1,024 tokens, inside the reasoning; ours defaults to what the model can take, and
-    a longer row is an error or a counted skip. bfloat16 is on where a GPU is, off on a CPU, unless set.
-    """
-
-    mixture: str = field(default="paired", metadata={"help": f"How modes are combined: {', '.join(MIXTURES)}."})
-    """How the modes are combined, see `thinkfusion.mixture.mix`."""
-    scheme: str = field(default="control", metadata={"help": "How prompts announce a mode: control, empty-block."})
-    """The mode scheme that is installed if the tokenizer's template is not ours yet."""
-    default_mode: str = field(
-        default="thinking", metadata={"help": "The mode without a switch, stored in the template."}
-    )
-    """The mode of a prompt without a switch, stored in the template that is installed."""
-    on_bad_row: str = field(default="error", metadata={"help": "error: stop at a bad row; skip: leave out, and count."})
-    """What happens to rows that cannot be trained on, too long ones included."""
-    max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; by default the model's."})
-    """The longest row allowed, in tokens; None is the model's own limit. Rows are never cut."""
-    router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Weight of transformers' balance loss."})
-    """0: transformers' balance loss pools all layers and takes collapsed routers for balanced ones."""
-
-    control_token_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the control tokens' rows; by default that of the rest."}
-    )
-    """The learning rate of the control tokens' embedding rows, on the schedule of the rest; None is that of the rest.
-    For a base that lacks the tokens: several times that of the rest (7 to 25). Not for sharded weights."""
-    control_token_weight: float = field(
-        default=1.0, metadata={"help": "Weight in the loss of the </think> that ends a trace."}
-    )
-    """The weight in the loss of the `</think>` that ends a trace. The loss stays divided by the number of tokens."""
-
-    def __post_init__(self) -> None:
-        for name in ("control_token_learning_rate", "control_token_weight"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: found {value}, expected a number above 0.")
-        self.bf16: bool | None
-        self.use_cpu: bool
-        self.dataloader_pin_memory: bool
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = torch.cuda.is_available() and not self.use_cpu
-        # Told so, and only then, processes on a CPU find each other.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
-        get_scheme(self.scheme)
-        Mode.parse(self.default_mode)
-        for name, value, known in (("mixture", self.mixture, MIXTURES), ("on_bad_row", self.on_bad_row, ON_BAD_ROW)):
-            if value not in known:
-                raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
-        unsupported = {
-            "packing": self.packing,
-            "padding_free": self.padding_free,
-            "assistant_only_loss": self.assistant_only_loss,
-            "completion_only_loss": self.completion_only_loss,
-        }
-        given = [name for name, value in unsupported.items() if value]
-        if given:
-            raise ValueError(
-                f"{', '.join(given)}: not for ThinkFusionTrainer, which renders the rows and sets the loss itself; "
-                "leave it unset."
-            )
-        super().__post_init__()
 
 
 class ThinkFusionTrainer(SFTTrainer):
@@ -147,8 +83,9 @@ class ThinkFusionTrainer(SFTTrainer):
                 f"the tokenizer has {len(tokenizer):,} tokens, and the model embeddings for {rows:,}. Give the model "
                 "to install_chat_template(tokenizer, model)."
             )
-        self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in CHATML.control_tokens]
-        self._closing_id = tokenizer.convert_tokens_to_ids(THINK_CLOSE)
+        template = installed_template(tokenizer)
+        self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in template.dialect.control_tokens]
+        self._closing_id = tokenizer.convert_tokens_to_ids(template.scheme.closing_token)
         if peft_config is True:
             peft_config = lora_config(model, tokenizer)
         _check_new_tokens_train(model, peft_config, self._control_ids)
@@ -183,25 +120,20 @@ class ThinkFusionTrainer(SFTTrainer):
 
     def _prepared(
         self, rows: Any, tokenizer: PreTrainedTokenizerBase, args: ThinkFusionConfig
-    ) -> tuple[Dataset, RowReport]:
-        if isinstance(rows, Dataset) and {"input_ids", "labels", "mode"} <= set(rows.column_names):
-            return rows, RowReport(read=len(rows), kept=len(rows))
-        report = None
-        if isinstance(rows, (str, Dataset)):
-            rows, report = read_conversations(rows, RecordOptions(on_bad_row=args.on_bad_row))
-        if not isinstance(rows, Sequence) or not all(isinstance(row, Conversation) for row in rows):
-            raise TypeError(
-                f"data set: found {type(rows).__name__}, expected conversations, a Dataset, or the name of a file."
-            )
+    ) -> tuple[Dataset | IterableDataset, RowReport]:
+        if isinstance(rows, (Dataset, IterableDataset)) and {"input_ids", "labels", "mode"} <= set(
+            rows.column_names or ()
+        ):
+            size = len(rows) if isinstance(rows, Dataset) else 0
+            return rows, RowReport(read=size, kept=size)
         with args.main_process_first(desc="preparing the rows"):
-            return prepare(
-                rows,
-                tokenizer,
-                mixture=args.mixture,
-                max_length=self._longest,
-                on_bad_row=args.on_bad_row,
-                report=report,
-            )
+            return prepare(rows, tokenizer, **args.preparation(self._longest))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """An ordered mixture keeps its order, which the usual random sampler would undo."""
+        if self.args.mixture == "sequential":
+            return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load all weights at a resume.

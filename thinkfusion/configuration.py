@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of training both modes: TRL's, and those of the two modes and their data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from thinkfusion.formats import RecordOptions
+from thinkfusion.mixture import MIXTURES, MixtureOptions
+from thinkfusion.modes import Mode, get_scheme
+from thinkfusion.sequences import ON_LONG_ROW
+from thinkfusion.shortening import ReasoningOptions
+
+
+@dataclass
+class ThinkFusionConfig(SFTConfig):
+    """`SFTConfig` with the settings of the two modes, and with other defaults where TRL's would harm them.
+
+    TRL's `max_length` cuts rows at 1,024 tokens, inside the reasoning; ours defaults to what the model can take, and
+    a longer row is an error or a counted skip. bfloat16 is on where a GPU is, off on a CPU, unless set.
+    """
+
+    mixture: str = field(default="paired", metadata={"help": f"How modes are combined: {', '.join(MIXTURES)}."})
+    """How the modes are combined. This and the next five: see `MixtureOptions`."""
+    pair_fraction: float = field(default=1.0, metadata={"help": "Share of rows with reasoning trained in both modes."})
+    ratio: str | None = field(
+        default=None, metadata={"help": "Share of thinking (0.6), or ratio to non-thinking (1.5:1)."}
+    )
+    ratio_unit: str = field(default="tokens", metadata={"help": "What the ratio counts: tokens or samples."})
+    max_rows_per_source: int | None = field(default=None, metadata={"help": "At most so many rows of each source."})
+    max_tokens_per_source: int | None = field(
+        default=None, metadata={"help": "At most so many trained tokens of each source."}
+    )
+    shorten_fraction: float = field(default=0.0, metadata={"help": "Share of the rows whose traces are shortened."})
+    """Traces that end early. This and the next three: see `ReasoningOptions`."""
+    shorten_budget: str | None = field(default=None, metadata={"help": "Least and most tokens of these: 32,512."})
+    remove_fraction: float = field(default=0.0, metadata={"help": "Share of the rows that lose their traces."})
+    close_at: int | None = field(
+        default=None, metadata={"help": "Cut traces at so many tokens, and train only </think> and the end."}
+    )
+    scheme: str = field(default="control", metadata={"help": "How prompts announce a mode: control, empty-block."})
+    """The mode scheme that is installed if the tokenizer's template is not ours yet."""
+    default_mode: str = field(
+        default="thinking", metadata={"help": "The mode without a switch, stored in the template."}
+    )
+    """The mode of a prompt without a switch, stored in the template that is installed."""
+    on_bad_row: str = field(default="error", metadata={"help": "error: stop at a bad row; skip: leave out, and count."})
+    """What happens to rows that cannot be trained on."""
+    max_skipped: float = field(default=0.01, metadata={"help": "Largest share of skipped rows that is accepted."})
+    """The largest share of rows that may be skipped; more of them stop the run with the report."""
+    on_long_row: str = field(
+        default="error", metadata={"help": f"What happens to rows over max_length: {', '.join(ON_LONG_ROW)}."}
+    )
+    """Too long a row is a bad row ("error"), is left out and counted ("drop"), or has its reasoning shortened."""
+    max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; by default the model's."})
+    """The longest row allowed, in tokens; None is the model's own limit. Rows are never cut."""
+    router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Weight of transformers' balance loss."})
+    """0: transformers' balance loss pools all layers and takes collapsed routers for balanced ones."""
+
+    control_token_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the control tokens' rows; by default that of the rest."}
+    )
+    """The learning rate of the control tokens' embedding rows, on the schedule of the rest; None is that of the rest.
+    For a base that lacks the tokens: several times that of the rest (7 to 25). Not for sharded weights."""
+    control_token_weight: float = field(
+        default=1.0, metadata={"help": "Weight in the loss of the </think> that ends a trace."}
+    )
+    """The weight in the loss of the `</think>` that ends a trace. The loss stays divided by the number of tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("control_token_learning_rate", "control_token_weight"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: found {value}, expected a number above 0.")
+        self.bf16: bool | None
+        self.use_cpu: bool
+        self.dataloader_pin_memory: bool
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = torch.cuda.is_available() and not self.use_cpu
+        # Told so, and only then, processes on a CPU find each other.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        get_scheme(self.scheme)
+        Mode.parse(self.default_mode)
+        # Their own checks name the flag.
+        self.preparation(None)
+        unsupported = {
+            "packing": self.packing,
+            "padding_free": self.padding_free,
+            "assistant_only_loss": self.assistant_only_loss,
+            "completion_only_loss": self.completion_only_loss,
+        }
+        given = [name for name, value in unsupported.items() if value]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: not for ThinkFusionTrainer, which renders the rows and sets the loss itself; "
+                "leave it unset."
+            )
+        super().__post_init__()
+
+    def preparation(self, max_length: int | None, records: RecordOptions | None = None) -> dict[str, Any]:
+        """What `prepare` is given; `records` are the options of reading, to which the policies of this are added."""
+        records = replace(records or RecordOptions(), on_bad_row=self.on_bad_row, max_skipped=self.max_skipped)
+        return {
+            "records": records,
+            "mixture": MixtureOptions(
+                self.mixture,
+                self.pair_fraction,
+                self.ratio,
+                self.ratio_unit,
+                self.max_rows_per_source,
+                self.max_tokens_per_source,
+                self.seed,
+            ),
+            "reasoning": ReasoningOptions(
+                self.shorten_fraction, self.shorten_budget, self.remove_fraction, self.close_at, self.seed
+            ),
+            "max_length": max_length,
+            "on_long_row": self.on_long_row,
+            "processes": self.dataset_num_proc or 1,
+        }

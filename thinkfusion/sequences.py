@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a chunk of rows to training sequences: what every worker process does, and the same in all of them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from thinkfusion.conversations import Conversation
+from thinkfusion.formats import RecordOptions
+from thinkfusion.mixture import MixtureOptions, assign_modes, copies, draw, language_of
+from thinkfusion.modes import Mode
+from thinkfusion.reading import DataError, Note
+from thinkfusion.records import RowOutcome, read_row
+from thinkfusion.rendering import IGNORED, Renderer, Target, steps_without_reasoning
+from thinkfusion.shortening import ReasoningOptions, apply_reasoning_options, shorten_to_fit
+from thinkfusion.tokenising import TOKEN_BYTES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODES = tuple(Mode)
+"""The column `mode` of a prepared data set, and the tensor `mode` of a batch, hold indices into this."""
+ON_LONG_ROW = ("error", "drop", "shorten_reasoning")
+SHORTENINGS = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what becomes of a row, beside the tokenizer.
+
+    max_length: the longest sequence allowed, in tokens; a row with a longer one is never cut: `on_long_row` says
+        what happens to it. "error": it is a bad row (`too_long`), for which `records.on_bad_row` decides; "drop": it
+        is left out and counted; "shorten_reasoning": its reasoning is cut at the end of a sentence, so that
+        `</think>`, the answer and the end stay, and it is dropped where that does not help.
+    """
+
+    records: RecordOptions = field(default_factory=RecordOptions)
+    mixture: MixtureOptions = field(default_factory=MixtureOptions)
+    reasoning: ReasoningOptions = field(default_factory=ReasoningOptions)
+    max_length: int | None = None
+    on_long_row: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.on_long_row not in ON_LONG_ROW:
+            raise ValueError(
+                f"on_long_row: {self.on_long_row!r} is unknown; choose one of {', '.join(ON_LONG_ROW)} (--on_long_row)."
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length: found {self.max_length}, expected at least 1 (--max_length).")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the mixture leaves out or reorders sequences, for which it must know all of them."""
+        return self.needs_draws or self.mixture.mixture == "sequential"
+
+    @property
+    def needs_draws(self) -> bool:
+        """Whether sequences are chosen among all of them, for which their rows are drawn."""
+        caps = (self.mixture.max_rows_per_source, self.mixture.max_tokens_per_source)
+        return self.mixture.mixture == "ratio" or any(cap is not None for cap in caps)
+
+
+class Chunk(NamedTuple):
+    """Some rows of one source, with their numbers. The first `checked` of them are compared with the template."""
+
+    source: str
+    weight: float
+    records: RecordOptions
+    rows: list[tuple[int, Any]]
+    checked: int = 0
+
+
+class Prepared(NamedTuple):
+    """What became of a chunk: what happened to each row, and the sequences, one after another in flat arrays.
+
+    outcomes, cells, draws, before: one element a row; a cell is (source, language), `before` are trained tokens by
+        mode, as the row came.
+    position (of the row in the chunk), copy, mode, length, trained: one element a sequence.
+    ids, labels: 32-bit integers of all sequences.
+    """
+
+    outcomes: list[RowOutcome]
+    cells: list[tuple[str, str]]
+    draws: array[float]
+    before: list[tuple[int, int]]
+    position: array[int]
+    copy: array[int]
+    mode: bytes
+    length: array[int]
+    trained: array[int]
+    ids: bytes
+    labels: bytes
+
+
+Pieces = list[tuple[bytes, bool]]
+
+
+@dataclass
+class _Draft:
+    """A row on its way: the conversation as it came and with its modes, and its sequences."""
+
+    position: int
+    own: Conversation
+    assigned: Conversation
+    copies: int
+    targets: list[Target] = field(default_factory=list)
+    only_counted: list[Target] = field(default_factory=list)
+    sequences: list[Pieces] = field(default_factory=list)
+    own_tokens: tuple[int, int] = (0, 0)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [sum(len(ids) for ids, _ in pieces) // TOKEN_BYTES for pieces in self.sequences]
+
+
+class SequenceMaker:
+    """Makes the training sequences of rows, for one tokenizer and one plan.
+
+    Raises ValueError if the tokenizer's chat template is not ours.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
+        self.renderer, self.plan = Renderer(tokenizer), plan
+
+    def __call__(self, chunk: Chunk) -> Prepared:
+        """The sequences of a chunk; a row that cannot be used has its error in its outcome."""
+        outcomes: list[RowOutcome] = []
+        drafts: list[_Draft] = []
+        for position, (line, raw) in enumerate(chunk.rows):
+            if isinstance(raw, Conversation):
+                outcome = RowOutcome(line, [], raw, source=raw.source)
+            else:
+                outcome = read_row(line, raw, chunk.source, chunk.records)
+            if outcome.conversation is not None:
+                try:
+                    drafts.append(self._draft(position, outcome, chunk))
+                except DataError as error:
+                    outcome = _failed(outcome, error)
+            outcomes.append(outcome)
+        self._render(drafts)
+        fitting = []
+        for draft in drafts:
+            try:
+                fitting.append(self._fitted(draft, outcomes[draft.position].notes))
+            except DataError as error:
+                outcomes[draft.position] = _failed(outcomes[draft.position], error)
+        for draft in fitting[: chunk.checked]:
+            self.renderer.check_against_template(draft.assigned)
+        return self._packed(outcomes, fitting)
+
+    def _draft(self, position: int, outcome: RowOutcome, chunk: Chunk) -> _Draft:
+        own, plan = outcome.conversation, self.plan
+        assert own is not None
+        assigned = assign_modes(own, plan.mixture)
+        shown = own
+        if plan.reasoning.active:
+            shown = assigned
+            assigned = apply_reasoning_options(assigned, plan.reasoning, self.renderer.token_ends, outcome.notes)
+        unchanged = shown is own or assigned is shown
+        repeated = 1 if chunk.weight == 1 else copies(own, chunk.weight, plan.mixture)
+        if not repeated:
+            outcome.notes.append(Note("noted", "not_drawn", "a source of a weight below 1"))
+        untrained = steps_without_reasoning(assigned)
+        if untrained:
+            outcome.notes.extend([Note("noted", "untrained_step", "without reasoning, in thinking mode")] * untrained)
+        draft = _Draft(position, own, assigned, repeated, self.renderer.targets(assigned))
+        simple = len(own.exchanges) == 1 and set(own.exchanges[0].modes) <= set(assigned.exchanges[0].modes)
+        if not unchanged or not simple:
+            known = set(draft.targets) if unchanged else set()
+            draft.only_counted = [target for target in self.renderer.targets(own) if target not in known]
+        return draft
+
+    def _render(self, drafts: Sequence[_Draft]) -> None:
+        segments = [
+            self.renderer.segments(conversation, target)
+            for draft in drafts
+            for conversation, targets in ((draft.assigned, draft.targets), (draft.own, draft.only_counted))
+            for target in targets
+        ]
+        pieces = iter(self.renderer.encode_pieces(segments))
+        for draft in drafts:
+            draft.sequences = [_trimmed(next(pieces)) for _ in draft.targets]
+            counted = [(target.mode, _trained(next(pieces))) for target in draft.only_counted]
+            draft.own_tokens = self._own_tokens(draft, counted)
+
+    def _own_tokens(self, draft: _Draft, counted: list[tuple[Mode, int]]) -> tuple[int, int]:
+        """Trained tokens by mode if every exchange were trained in its own mode: what the row brings along."""
+        if not draft.only_counted:
+            own = {mode for exchange in draft.own.exchanges for mode in exchange.modes}
+            counted = [
+                (target.mode, _trained(pieces))
+                for target, pieces in zip(draft.targets, draft.sequences, strict=True)
+                if target.mode in own
+            ]
+        else:
+            targets = set(self.renderer.targets(draft.own)) - set(draft.only_counted)
+            counted = counted + [
+                (target.mode, _trained(pieces))
+                for target, pieces in zip(draft.targets, draft.sequences, strict=True)
+                if target in targets
+            ]
+        thinking, non_thinking = (sum(tokens for each, tokens in counted if each is mode) for mode in MODES)
+        return thinking, non_thinking
+
+    def _fitted(self, draft: _Draft, notes: list[Note]) -> _Draft:
+        """The draft, its reasoning shortened if it must be and may be. Raises DataError `too_long`."""
+        longest, limit = max(draft.lengths, default=0), self.plan.max_length
+        if limit is None or longest <= limit:
+            return draft
+        if self.plan.on_long_row == "shorten_reasoning" and self._shorten(draft, limit):
+            detail = f"from {longest:,} to {max(draft.lengths):,} tokens"
+            notes.append(Note("altered", "shortened_reasoning", detail))
+            return draft
+        raise DataError(
+            "too_long",
+            f"the row has {longest:,} tokens, and max_length is {limit:,}. Raise max_length, or leave such rows out "
+            "with on_long_row='drop' (--on_long_row drop), or shorten them with 'shorten_reasoning'.",
+        )
+
+    def _shorten(self, draft: _Draft, limit: int) -> bool:
+        """Shorten the reasoning until every sequence fits; whether that was possible."""
+        for _ in range(SHORTENINGS):
+            excess = {}
+            for target, length in zip(draft.targets, draft.lengths, strict=True):
+                if length > limit and target.mode is not Mode.THINKING:
+                    return False
+                if length > limit:
+                    excess[target.last] = length - limit
+            if not excess:
+                return True
+            shorter = shorten_to_fit(draft.assigned, excess, self.renderer.token_ends)
+            if shorter is None:
+                return False
+            draft.assigned = shorter
+            segments = [self.renderer.segments(shorter, target) for target in draft.targets]
+            draft.sequences = [_trimmed(pieces) for pieces in self.renderer.encode_pieces(segments)]
+        return max(draft.lengths) <= limit
+
+    def _packed(self, outcomes: list[RowOutcome], drafts: Sequence[_Draft]) -> Prepared:
+        cells, before = [("", "")] * len(outcomes), [(0, 0)] * len(outcomes)
+        draws = array("d", bytes(8 * len(outcomes)))
+        position, copy, length, trained = array("i"), array("i"), array("i"), array("i")
+        modes = bytearray()
+        ids: list[bytes] = []
+        labels: list[bytes] = []
+        number = 0
+        for draft in drafts:
+            own = draft.own
+            cells[draft.position] = (own.source, own.language or language_of(own.exchanges[0].user.content))
+            before[draft.position] = draft.own_tokens
+            if self.plan.needs_draws:
+                draws[draft.position] = draw(self.plan.mixture.seed, "select", own)
+            # Labels are made of the same bytes as ids, so that no token is ever a Python object.
+            made = [
+                (*_joined(pieces), target.mode) for target, pieces in zip(draft.targets, draft.sequences, strict=True)
+            ]
+            for _ in range(draft.copies):
+                for tokens, label, learnt, mode in made:
+                    ids.append(tokens)
+                    labels.append(label)
+                    position.append(draft.position)
+                    copy.append(number)
+                    length.append(len(tokens) // TOKEN_BYTES)
+                    trained.append(learnt)
+                    modes.append(MODES.index(mode))
+                number += 1
+        kept = [outcome._replace(conversation=None) for outcome in outcomes]
+        return Prepared(
+            *(kept, cells, draws, before, position, copy, bytes(modes), length, trained),
+            *(b"".join(ids), b"".join(labels)),
+        )
+
+
+def _failed(outcome: RowOutcome, error: DataError) -> RowOutcome:
+    return outcome._replace(conversation=None, error=error)
+
+
+def _trimmed(pieces: Pieces) -> Pieces:
+    """Without what follows the last trained token: nothing there is learned from or looked at."""
+    while pieces and not pieces[-1][1]:
+        pieces.pop()
+    return pieces
+
+
+def _trained(pieces: Pieces) -> int:
+    return sum(len(ids) for ids, trained in pieces if trained) // TOKEN_BYTES
+
+
+_ignored = array("i", [IGNORED]).tobytes() * 4096
+
+
+def _joined(pieces: Pieces) -> tuple[bytes, bytes, int]:
+    """Ids and labels of a sequence, and its number of trained tokens."""
+    global _ignored  # noqa: PLW0603 - grows to the longest piece and is never anything but one label, repeated
+    labels = []
+    learnt = 0
+    for ids, trained in pieces:
+        if trained:
+            labels.append(ids)
+            learnt += len(ids)
+        else:
+            while len(_ignored) < len(ids):
+                _ignored += _ignored
+            labels.append(_ignored[: len(ids)])
+    return b"".join([ids for ids, _ in pieces]), b"".join(labels), learnt // TOKEN_BYTES
