@@ -314,6 +314,9 @@ def _to_ratio(table: SequenceTable, kept: NDArray[np.int64], options: MixtureOpt
 STAGES = ("before", "after")
 
 
+COUNTS = ("rows_before", "rows_after", "tokens_before", "tokens_after")
+
+
 class TokenAccount:
     """Rows and trained tokens by source, mode and language, before and after the mixture.
 
@@ -349,6 +352,15 @@ class TokenAccount:
         ]
         return {"by": records, "total": _named(self._total())}
 
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> TokenAccount:
+        """The account that `to_dict` gave."""
+        account = cls()
+        for record in given["by"]:
+            key = (record["source"], record["mode"], record["language"])
+            account.cells[key] = [record[name] for name in COUNTS]
+        return account
+
     def __str__(self) -> str:
         header = ["source", "mode", "language", "rows before", "rows after", "tokens before", "tokens after"]
         lines = [[*key, *(f"{count:,}" for count in counts)] for key, counts in sorted(self.cells.items())]
@@ -363,7 +375,7 @@ class TokenAccount:
 
 
 def _named(counts: Iterable[int]) -> dict[str, int]:
-    return dict(zip(("rows_before", "rows_after", "tokens_before", "tokens_after"), counts, strict=True))
+    return dict(zip(COUNTS, counts, strict=True))
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:

@@ -213,7 +213,7 @@ class SequenceMaker:
             return draft
         if self.plan.on_long_row == "shorten_reasoning" and self._shorten(draft, limit):
             detail = f"from {longest:,} to {max(draft.lengths):,} tokens"
-            notes.append(Note("altered", "shortened_reasoning", detail))
+            notes.append(Note("altered", "shortened_to_fit", detail))
             return draft
         raise DataError(
             "too_long",

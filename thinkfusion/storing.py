@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepared sequences on disk: an Arrow file mapped into memory, which of it is chosen, and a cache of such folders.
 
-A folder holds `sequences.arrow`, `chosen.npy` (indices in the order of training) and, when it is kept, `report.json`.
+A folder holds `sequences.arrow`, `chosen.npy` (indices in the order of training) and, when it is kept, `report.json` and the
+hashes of the prompts.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import rmtree
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from thinkfusion.mixture import TokenAccount
 from thinkfusion.row_report import RowReport
 from thinkfusion.sequences import Plan, Prepared
 from thinkfusion.sources import Source
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 LAYOUT = 1
 """Counts up when a folder's content changes its meaning, so that no older one is taken for a new one."""
-SEQUENCES, CHOSEN, REPORT = "sequences.arrow", "chosen.npy", "report.json"
+SEQUENCES, CHOSEN, REPORT, PROMPT_KEYS = "sequences.arrow", "chosen.npy", "report.json", "prompt_keys.bin"
 
 
 def features() -> Features:
@@ -118,12 +121,15 @@ def load_cached(folder: Path, report: RowReport) -> Dataset | None:
     """The data set that was kept in `folder`, with its report filled in; None if there is none."""
     if not (folder / REPORT).is_file():
         return None
-    report.load(folder / REPORT)
+    totals = report.load(folder / REPORT)
+    report.prompt_keys = array("Q", (folder / PROMPT_KEYS).read_bytes())
+    report.account = TokenAccount.from_dict(totals["account"])
     return load_sequences(folder)
 
 
 def keep_cached(folder: Path, place: Path, report: RowReport) -> None:
     """Make `folder` the one that is kept at `place`, in one step; if another process was quicker, its own stays."""
+    (folder / PROMPT_KEYS).write_bytes(report.prompt_keys.tobytes())
     report.save(folder / REPORT)
     try:
         folder.rename(place)
