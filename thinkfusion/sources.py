@@ -23,6 +23,8 @@ BOM = b"\xef\xbb\xbf"
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 OTHER_SUFFIXES = (".txt", ".zip", ".xz", ".bz2", ".arrow", ".xlsx", ".yaml", ".yml")
 PARQUET_ROWS = 512
+UNDECODED = re.compile("[\ud800-\udfff]")
+"""What `surrogateescape` makes of bytes that are not UTF-8; no text that is UTF-8 holds it."""
 
 
 @dataclass(frozen=True)
@@ -237,9 +239,16 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(sys.maxsize)
     tabs = ".tsv" in (suffix.lower() for suffix in path.suffixes[-2:])
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        # Strict: a quote that is never closed would otherwise swallow the rows after it.
-        reader = csv.reader(file, delimiter="\t" if tabs else ",", strict=True)
-        names = _column_names(path, next(reader, []))
+        at_end = False
+
+        def lines() -> Iterator[str]:
+            nonlocal at_end
+            yield from file
+            at_end = True
+
+        # Strict: else what stands behind a closing quote would join the cell, and a quote never closed would pass.
+        reader = csv.reader(lines(), delimiter="\t" if tabs else ",", strict=True)
+        names: Sequence[str] = ()
         while True:
             line = reader.line_num + 1
             try:
@@ -247,13 +256,29 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
             except StopIteration:
                 return
             except csv.Error as error:
+                if at_end:
+                    raise _open_quote(path, line, reader.line_num) from None
+                if not names:
+                    raise ValueError(f"{path}: the first line, which names the columns, is not CSV: {error}.") from None
                 yield line, DataError("invalid_csv", f"not CSV: {error}.")
                 continue
-            if cells:
+            if cells and names:
                 yield line, _cells(names, cells)
+            elif cells:
+                names = _column_names(path, cells)
+
+
+def _open_quote(path: Path, line: int, last: int) -> ValueError:
+    """How many rows such a quote has swallowed cannot be known, so that none of them can be counted."""
+    return ValueError(
+        f"{path}, row {line}: not CSV: a quote that is opened there is never closed, so that lines {line} to {last} "
+        "are one cell. Close the quote, or double it."
+    )
 
 
 def _column_names(path: Path, names: Sequence[str]) -> Sequence[str]:
+    if UNDECODED.search("".join(names)):
+        raise ValueError(f"{path}: the first line, which names the columns, is not UTF-8. Save the file as UTF-8.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: the first line names the column {twice[0]!r} twice. Rename one of them.")
@@ -268,10 +293,8 @@ def _cells(names: Sequence[str], cells: Sequence[str]) -> Any:
             "line breaks into double quotes.",
         )
     for name, cell in zip(names, cells, strict=True):
-        try:
-            cell.encode("utf-8")
-        except UnicodeEncodeError as error:
-            return DataError("invalid_utf8", f"{name}: character {error.start + 1} is not UTF-8.")
+        if found := UNDECODED.search(cell):
+            return DataError("invalid_utf8", f"{name}: character {found.start() + 1} is not UTF-8.")
     return {name: cell or None for name, cell in zip(names, cells, strict=True)}
 
 
