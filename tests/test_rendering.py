@@ -194,7 +194,7 @@ def test_run_time_check_finds_a_changed_template(tokenizers, tokenizer):
     conversation = Conversation.from_messages(make_messages("ko", turns=2, system=True, tools=True), tools=TOOLS)
     for kind in tokenizers:
         Renderer(tokenizers[kind]).check_against_template(mix([conversation])[0])
-    tokenizer.chat_template = tokenizer.chat_template.replace("'user\\n'", "'user:\\n'")
+    tokenizer.chat_template = tokenizer.chat_template.replace('user\\n', 'user:\\n')
     with pytest.raises(DataError, match="differs from the chat template") as caught:
         Renderer(tokenizer).check_against_template(conversation)
     assert caught.value.reason == "template_mismatch"

@@ -9,7 +9,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from thinkfusion.conversations import Conversation, DataError, Message
-from thinkfusion.dialects import installed_template
+from thinkfusion.chat_templates import installed_template
 from thinkfusion.modes import THINK_CLOSE, THINK_OPEN, Mode, Reply, Scheme, split_reply, split_soft_switch
 from thinkfusion.rendering import Renderer, scheme_of
 

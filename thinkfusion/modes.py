@@ -55,6 +55,25 @@ class Scheme:
     thinking_end: tuple[str, ...]
     non_thinking_prefix: tuple[str, ...]
     history_prefix: tuple[str, ...]
+    tags: tuple[str, ...] = (THINK_OPEN, THINK_CLOSE)
+    """The control strings of the pieces: in a reply they are markup even where a tokenizer calls them ordinary."""
+    ends: tuple[str, ...] = ()
+    """The tokens that end a reply, besides the tokenizer's own."""
+    call_markup: str = ""
+    """Control strings found in here belong to tool calls, and are part of the answer."""
+    call_lead: str = ""
+    """What ends the text before a tool call that is a message of its own; such a call begins with `call_start`."""
+    call_start: str = ""
+
+    @property
+    def closing_token(self) -> str:
+        """The token that ends a trace: the first control string of `thinking_end`."""
+        return next(piece for piece in self.thinking_end if piece.strip())
+
+    @property
+    def closing(self) -> str:
+        """All that ends a trace, without white space around it."""
+        return "".join(self.thinking_end).strip()
 
     def prefix(self, mode: Mode) -> tuple[str, ...]:
         """What the generation prompt ends in, after the assistant header."""
@@ -153,9 +172,10 @@ def split_reply(
     """Split what a model generated after the generation prompt of `mode` into reasoning and answer.
 
     Given ids (and the `tokenizer` they belong to), control tokens are recognised by id, so that a `</think>`
-    spelled out of ordinary tokens is text; the reply ends at the tokenizer's end-of-turn token, and is finished
-    if that token is there, or if `finished` says so. Given text, they are recognised by their strings, the reply
-    ends at `end_of_turn`, and counts as finished unless `finished=False` says that a token limit cut it.
+    spelled out of ordinary tokens is text; the reply ends at the tokenizer's end-of-turn token or one of
+    `scheme.ends`, and is finished if that token is there, or if `finished` says so. Given text, they are recognised
+    by their strings, the reply ends at `end_of_turn` (or one of `scheme.ends`), and counts as finished unless
+    `finished=False` says that a token limit cut it. Tool calls are part of the answer, with their markup.
 
     Never fails on what a model wrote: every reply gets exactly one class of REPLY_CLASSES, in this order:
     `extra_tag` (a control token where the mode has none), `truncated`, `never_closed`, `empty_trace`,
@@ -167,37 +187,91 @@ def split_reply(
     """
     mode, scheme = Mode.parse(mode), get_scheme(scheme)
     if isinstance(text_or_ids, str):
-        text, found, _ = text_or_ids.partition(end_of_turn)
-        pieces = re.split(f"({re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)})", text)
-        texts, tags, counts = pieces[::2], pieces[1::2], None
-        done = True if finished is None else finished or bool(found)
+        text, found = _until_end(text_or_ids, scheme.ends or (end_of_turn,))
+        texts, tags, counts = *_split_text(text, mode, scheme), None
+        done = True if finished is None else finished or found
     else:
         if tokenizer is None:
             raise ValueError("split_reply: ids need the tokenizer they belong to: pass tokenizer=….")
-        texts, tags, counts, done = _split_ids(list(map(int, text_or_ids)), tokenizer)
+        texts, tags, counts, done = _split_ids(list(map(int, text_or_ids)), tokenizer, mode, scheme)
         done = done or bool(finished)
     return _read(texts, tags, counts, mode=mode, scheme=scheme, finished=done)
 
 
-def _split_ids(ids: list[int], tokenizer: Any) -> tuple[list[str], list[str], list[int], bool]:
+def _until_end(text: str, ends: Sequence[str]) -> tuple[str, bool]:
+    found = re.search("|".join(map(re.escape, ends)), text)
+    return (text, False) if found is None else (text[: found.start()], True)
+
+
+def _split_text(text: str, mode: Mode, scheme: Scheme) -> tuple[list[str], list[str]]:
+    """Texts between the tags, and the tags; a closing of several tokens counts as one `</think>`."""
+    text = text.replace(scheme.closing, THINK_CLOSE, 1)
+    call = ""
+    before, led, rest = text.partition(scheme.call_lead + scheme.call_start) if scheme.call_start else (text, "", "")
+    if led:
+        # In thinking mode a call may follow the trace at once, and then closes it.
+        open_trace = mode is Mode.THINKING and THINK_CLOSE not in before
+        text, call = before + THINK_CLOSE * open_trace, scheme.call_start + rest
+    pieces = re.split(f"({'|'.join(map(re.escape, {THINK_OPEN, THINK_CLOSE, *scheme.tags}))})", text)
+    return [*pieces[:-1:2], pieces[-1] + call], pieces[1::2]
+
+
+def _split_ids(
+    ids: list[int], tokenizer: Any, mode: Mode, scheme: Scheme
+) -> tuple[list[str], list[str], list[int], bool]:
     """Texts between the tags, the tags, tokens per text, and whether the reply ended by itself."""
-    end = next((index for index, token in enumerate(ids) if token == tokenizer.eos_token_id), None)
+    ends = {tokenizer.eos_token_id, *map(tokenizer.get_added_vocab().get, scheme.ends)} - {None}
+    end = next((index for index, token in enumerate(ids) if token in ends), None)
+    tags = {THINK_OPEN, THINK_CLOSE, *scheme.tags}
     names = {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.content in (THINK_OPEN, THINK_CLOSE) or (token.special and token_id != tokenizer.unk_token_id)
+        if token.content in tags
+        or (token.special and token_id != tokenizer.unk_token_id and token.content not in scheme.call_markup)
     }
+    marked, call = _marked(ids[:end], tokenizer, mode, scheme)
     parts: list[list[int]] = [[]]
-    tags = []
-    for token in ids[:end]:
-        if token in names:
-            tags.append(names[token])
+    found = []
+    for token in marked:
+        if token == _CLOSED or token in names:
+            found.append(THINK_CLOSE if token == _CLOSED else names[token])
             parts.append([])
-        else:
+        elif token != tokenizer.unk_token_id:
             parts[-1].append(token)
+    parts[-1] += call
     # Decoded at once and not token by token: a character may be spread over several tokens.
-    texts = [tokenizer.decode(part, skip_special_tokens=True) if part else "" for part in parts]
-    return texts, tags, [len(part) for part in parts], end is not None
+    texts = [tokenizer.decode(part, skip_special_tokens=False) if part else "" for part in parts]
+    return texts, found, [len(part) for part in parts], end is not None
+
+
+_CLOSED = -1
+"""Stands in a list of ids for a closing of several tokens."""
+
+
+def _marked(ids: list[int], tokenizer: Any, mode: Mode, scheme: Scheme) -> tuple[list[int], list[int]]:
+    """The ids with a closing of several tokens as one mark, and apart from them a tool call that is its own message."""
+    if scheme.closing != THINK_CLOSE:
+        ids = _replace_first(ids, tokenizer(scheme.closing, add_special_tokens=False)["input_ids"])
+    if not scheme.call_start:
+        return ids, []
+    texts = (scheme.call_lead, scheme.call_start)
+    lead, start = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    place = _find(ids, lead + start)
+    if place is None:
+        return ids, []
+    before, call = ids[:place], ids[place + len(lead) :]
+    return ([*before, _CLOSED] if mode is Mode.THINKING and _CLOSED not in before else before), call
+
+
+def _replace_first(ids: list[int], wanted: list[int]) -> list[int]:
+    place = _find(ids, wanted)
+    return ids if place is None else [*ids[:place], _CLOSED, *ids[place + len(wanted) :]]
+
+
+def _find(ids: list[int], wanted: list[int]) -> int | None:
+    """Where `wanted` first stands in `ids`."""
+    size = len(wanted)
+    return next((index for index in range(len(ids) - size + 1) if ids[index : index + size] == wanted), None)
 
 
 def _read(

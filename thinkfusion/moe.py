@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from thinkfusion.dialects import installed_template
+from thinkfusion.chat_templates import installed_template
 
 if TYPE_CHECKING:
     from peft import LoraConfig

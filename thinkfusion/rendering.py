@@ -11,13 +11,14 @@ earlier exchanges stand as inference shows them, without their reasoning.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from thinkfusion.chat_templates import InstalledTemplate, check_control_tokens, installed_template
 from thinkfusion.conversations import Conversation, DataError, Exchange, Message
-from thinkfusion.dialects import TOOL_TAGS, InstalledTemplate, check_control_tokens, installed_template
-from thinkfusion.modes import CONTROL, EMPTY_BLOCK, THINK_CLOSE, THINK_OPEN, Mode, Scheme, split_soft_switch
+from thinkfusion.modes import CONTROL, EMPTY_BLOCK, THINK_OPEN, Mode, Scheme, split_soft_switch
 from thinkfusion.tokenising import AFTER_CONTROL, AFTER_TEXT, START, TOKEN_BYTES, TextEncoder, token_bytes
 
 if TYPE_CHECKING:
@@ -75,115 +76,215 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template: InstalledTemplate = template
         self.scheme: Scheme = template.scheme
+        self._dialect = template.dialect
         self._encoder = TextEncoder(tokenizer)
-        markup = (*template.dialect.control_tokens, *TOOL_TAGS)
-        self._control_ids = {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if text in markup}
-        if template.bos:
-            self._control_ids[tokenizer.bos_token] = tokenizer.bos_token_id
-        self._control_bytes = {text: token_bytes(id_) for text, id_ in self._control_ids.items()}
+        # A server finds every token that the tokenizer knows in the markup of a template, and so do we; white space
+        # is left to the text around it.
+        tokens = {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if text.strip()}
+        self._control_bytes = {text: token_bytes(id_) for text, id_ in tokens.items()}
+        longest_first = sorted(tokens, key=len, reverse=True)
+        self._split_tokens = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split
+        self._markup_segments: dict[tuple[str, bool], list[Segment]] = {}
 
     def targets(self, conversation: Conversation) -> list[Target]:
         """The training sequences of a conversation, each (exchange, mode) of it in exactly one.
 
-        With the control scheme all non-thinking answers share one sequence, since history is rendered as they
-        are; every thinking answer needs its own, since the reasoning of earlier exchanges is not shown.
+        Where history is rendered as non-thinking answers are (the control scheme of most dialects), all of these share
+        one sequence; every thinking answer needs its own, since the reasoning of earlier exchanges is not shown.
         """
         wanted = [(index, mode) for index, exchange in enumerate(conversation.exchanges) for mode in exchange.modes]
         shared = [index for index, mode in wanted if mode is Mode.NON_THINKING]
-        if not self.scheme.history_is_non_thinking or len(shared) < 2:
+        alone = self._dialect.answers_differ_in_history or not self.scheme.history_is_non_thinking
+        if alone or len(shared) < 2:
             return [Target(index, mode, frozenset({index})) for index, mode in wanted]
         targets = [Target(index, mode, frozenset({index})) for index, mode in wanted if mode is not Mode.NON_THINKING]
         return [*targets, Target(max(shared), Mode.NON_THINKING, frozenset(shared))]
 
     def segments(self, conversation: Conversation, target: Target) -> list[Segment]:
-        """The conversation up to the target's last exchange, neighbouring pieces not yet joined."""
+        """The conversation up to the target's last exchange, neighbouring pieces not yet joined.
+
+        Raises DataError `parallel_tool_calls` for several calls in one step where the markup has no place for them.
+        """
         segments = self._opening(conversation)
+        ended = False
         for index, exchange in enumerate(conversation.exchanges[: target.last + 1]):
-            current = index == target.last
-            segments += self._user(exchange.user)
-            segments += self._steps(exchange, target.mode, current=current, trained=index in target.trained)
+            segments += self._user(
+                exchange.user, after_system=self._opens_with_system(conversation, index), ended=ended
+            )
+            current, trained = index == target.last, index in target.trained
+            steps, ended = self._steps(exchange, target.mode, current=current, trained=trained)
+            segments += steps
+        if ended:
+            # The header of the next turn is what ends this one, and none follows.
+            segments += self._markup(self._dialect.answer_end, True)
         return segments
 
     def prompt_segments(self, conversation: Conversation, mode: Mode, pending: Sequence[Message]) -> list[Segment]:
         """The generation prompt of `mode` after `conversation` and the `pending` messages, that begin with a user."""
         segments = self._opening(conversation)
-        for exchange in conversation.exchanges:
-            segments += self._user(exchange.user)
-            segments += self._steps(exchange, mode, current=False, trained=False)
-        segments += self._user(pending[0])
-        segments += self._steps(Exchange(pending[0], tuple(pending[1:])), mode, current=True, trained=False)
-        return [*segments, *self._header("assistant"), *self._pieces(self.scheme.prefix(mode))]
+        waiting = Exchange(pending[0], tuple(pending[1:]))
+        for index, exchange in enumerate((*conversation.exchanges, waiting)):
+            segments += self._user(exchange.user, after_system=self._opens_with_system(conversation, index))
+            segments += self._steps(exchange, mode, current=exchange is waiting, trained=False)[0]
+        header = self._assistant_open(after_tools=len(pending) > 1)
+        return [*segments, *self._markup(header), *self._pieces(self.scheme.prefix(mode))]
 
     def _opening(self, conversation: Conversation) -> list[Segment]:
-        dialect = self.template.dialect
+        dialect = self._dialect
         segments = [Segment(self.tokenizer.bos_token, control=True)] if self.template.bos else []
+        segments += self._markup(dialect.opening)
         system = None if conversation.system is None else split_soft_switch(conversation.system)[0]
-        if conversation.tools:
-            segments += self._header("system")
+        tools_open = dialect.system_open if dialect.tools_open is None else dialect.tools_open
+        tools_close = dialect.system_close if dialect.tools_close is None else dialect.tools_close
+        if not conversation.tools:
+            return segments + self._system(system)
+        if dialect.tools_place == "inside":
             if system is not None:
-                segments.append(Segment(system + "\n\n"))
-            segments += self._markup(dialect.tools_before)
-            segments += [Segment("\n" + json.dumps(tool, ensure_ascii=False)) for tool in conversation.tools]
-            segments += [*self._markup(dialect.tools_after), *self._close()]
-        elif system is not None:
-            segments += [*self._header("system"), Segment(system), *self._close()]
-        return segments
+                segments += [*self._markup(dialect.system_open), Segment(system + "\n\n")]
+                tools_open = ""
+            return [*segments, *self._markup(tools_open), *self._tools(conversation), *self._markup(tools_close)]
+        turn = [*self._markup(tools_open), *self._tools(conversation), *self._markup(tools_close)]
+        own = self._system(system)
+        return segments + (turn + own if dialect.tools_place == "before" else own + turn)
 
-    def _user(self, message: Message) -> list[Segment]:
-        return [*self._header("user"), Segment(split_soft_switch(message.content)[0]), *self._close()]
+    def _opens_with_system(self, conversation: Conversation, index: int) -> bool:
+        return index == 0 and (conversation.system is not None or bool(conversation.tools))
 
-    def _steps(self, exchange: Exchange, mode: Mode, *, current: bool, trained: bool) -> list[Segment]:
+    def _system(self, system: str | None) -> list[Segment]:
+        if system is None:
+            return []
+        return [*self._markup(self._dialect.system_open), Segment(system), *self._markup(self._dialect.system_close)]
+
+    def _tools(self, conversation: Conversation) -> list[Segment]:
+        dialect = self._dialect
+        segments = [*self._markup(dialect.tools_before)]
+        for tool in conversation.tools:
+            shown = tool.get("function", tool) if dialect.bare_signatures else tool
+            segments += self._markup(dialect.signature_open)
+            segments += [Segment(_json(shown)), *self._markup(dialect.signature_close)]
+        return [*segments, *self._markup(dialect.tools_after)]
+
+    def _user(self, message: Message, *, after_system: bool, ended: bool = False) -> list[Segment]:
+        """A user's turn; `ended` puts the token that begins it into the loss, as the one that ended the turn before."""
+        dialect = self._dialect
+        after = dialect.user_open_after_system if after_system else None
+        opened = self._markup(dialect.user_open if after is None else after, ended=ended)
+        return [*opened, Segment(split_soft_switch(message.content)[0]), *self._markup(dialect.user_close)]
+
+    def _assistant_open(self, *, after_tools: bool) -> str:
+        dialect = self._dialect
+        after = dialect.assistant_open_after_tools if after_tools else None
+        return dialect.assistant_open if after is None else after
+
+    def _steps(self, exchange: Exchange, mode: Mode, *, current: bool, trained: bool) -> tuple[list[Segment], bool]:
+        """What answers a user, and whether the last answer is trained and still waits for the header that ends it."""
         segments: list[Segment] = []
-        for index, step in enumerate(exchange.steps):
+        ended, called = False, ""
+        steps = exchange.steps_in(mode if current else Mode.NON_THINKING)
+        for index, step in enumerate(steps):
             if step.role == "tool":
-                if exchange.steps[index - 1].role != "tool":
-                    segments += [Segment(self.template.dialect.turn_open, control=True), Segment("user")]
-                segments += self._markup("\n<tool_response>\n")
-                segments += [Segment(step.content), *self._markup("\n</tool_response>")]
-                if index + 1 == len(exchange.steps) or exchange.steps[index + 1].role != "tool":
-                    segments += self._close()
+                follows = index + 1 < len(steps) and steps[index + 1].role == "tool"
+                segments += self._result(
+                    step, called, first=steps[index - 1].role != "tool", last=not follows, ended=ended
+                )
+                ended = False
                 continue
-            segments += self._header("assistant")
-            thinks = current and mode is Mode.THINKING
-            if thinks and step.reasoning is not None:
-                segments += self._pieces(self.scheme.thinking_prefix)
-                segments += self._pieces(self.scheme.thinking_start, trained)
-                segments.append(Segment(step.reasoning, trained=trained))
-                segments += self._pieces(self.scheme.thinking_end, trained)
-                learns = trained
-            elif current and not thinks:
-                segments += self._pieces(self.scheme.non_thinking_prefix)
-                learns = trained
+            step_segments, learns = self._step(
+                step, mode, current=current, trained=trained, ends_only=exchange.ends_only
+            )
+            segments += [*self._markup(self._assistant_open(after_tools=index > 0)), *step_segments]
+            ended = learns and self._dialect.ends_in_next_header
+            called = step.tool_calls[-1]["name"] if step.tool_calls else called
+        return segments, ended
+
+    def _result(self, step: Message, called: str, *, first: bool, last: bool, ended: bool) -> list[Segment]:
+        dialect = self._dialect
+        segments = [*self._markup(dialect.results_open, ended=ended)] if first else []
+        segments += self._markup(dialect.result_open)
+        if dialect.after_result_name is not None:
+            segments += [Segment(called), *self._markup(dialect.after_result_name)]
+        segments += [Segment(step.content), *self._markup(dialect.result_close)]
+        return [*segments, *self._markup(dialect.results_close)] if last else segments
+
+    def _step(
+        self, step: Message, mode: Mode, *, current: bool, trained: bool, ends_only: bool
+    ) -> tuple[list[Segment], bool]:
+        """What an assistant writes after its header, and whether the end of its turn is in the loss."""
+        scheme, calls = self.scheme, self._dialect.calls
+        thinks = current and mode is Mode.THINKING
+        # A step that came without reasoning cannot teach a mode that reasons before every step.
+        learns = trained and (not thinks or step.reasoning is not None)
+        written = learns and not (thinks and ends_only)
+        only_calls = calls.own_message and bool(step.tool_calls) and not step.content
+        opening = calls.opening_after_text if step.content else calls.opening
+        segments: list[Segment] = []
+        if thinks and step.reasoning is not None:
+            segments += self._pieces(scheme.thinking_prefix)
+            segments += self._pieces(scheme.thinking_start, written)
+            segments.append(Segment(step.reasoning, trained=written))
+            segments += [] if only_calls else self._pieces(scheme.thinking_end, written)
+        elif current and not thinks:
+            segments += self._pieces(scheme.non_thinking_prefix)
+        elif only_calls:
+            # The call is the message that the header has opened.
+            opening = ""
+        else:
+            segments += self._pieces(scheme.history_prefix)
+        segments.append(Segment(step.content, trained=written))
+        if step.tool_calls:
+            segments += self._calls(step.tool_calls, opening, written)
+        if learns and not written:
+            segments = _with_closing_trained(segments, scheme.closing_token)
+        return segments + self._end(called=bool(step.tool_calls), current=current, trained=learns), learns
+
+    def _calls(self, given: Sequence[dict[str, Any]], opening: str, trained: bool) -> list[Segment]:
+        calls = self._dialect.calls
+        if calls.own_message and len(given) > 1:
+            raise DataError(
+                "parallel_tool_calls",
+                f"tool_calls: found {len(given)} calls in one message, but the markup {self._dialect.name} has one a "
+                "message. Write each call and its result as messages of their own.",
+            )
+        segments: list[Segment] = []
+        for number, call in enumerate(given):
+            name = _json(call["name"]) if calls.quoted_name else call["name"]
+            segments += self._markup((calls.between if number else opening) + calls.call_open, trained)
+            segments += [Segment(name, trained=trained), *self._markup(calls.after_name, trained)]
+            if calls.argument is None:
+                segments.append(Segment(_json(call["arguments"]), trained=trained))
             else:
-                segments += self._pieces(self.scheme.history_prefix)
-                # A step that came without reasoning cannot teach a mode that reasons before every step.
-                learns = trained and not thinks
-            segments.append(Segment(step.content, trained=learns))
-            for number, call in enumerate(step.tool_calls):
-                between = "\n" if step.content or number else ""
-                name = json.dumps(call["name"], ensure_ascii=False)
-                arguments = json.dumps(call["arguments"], ensure_ascii=False)
-                segments += self._markup(f"{between}<tool_call>\n", learns)
-                segments.append(Segment(f'{{"name": {name}, "arguments": {arguments}}}', trained=learns))
-                segments += self._markup("\n</tool_call>", learns)
-            segments += self._close(learns)
+                segments += self._tagged_arguments(call["arguments"], calls.argument, trained)
+            segments += self._markup(calls.call_close, trained)
+        return [*segments, *self._markup(calls.closing, trained)]
+
+    def _tagged_arguments(self, given: dict[str, Any], tags: tuple[str, str, str], trained: bool) -> list[Segment]:
+        segments: list[Segment] = []
+        for key, value in given.items():
+            text = value if isinstance(value, str) else _json(value)
+            segments += [*self._markup(tags[0], trained), Segment(key, trained=trained)]
+            segments += [*self._markup(tags[1], trained), Segment(text, trained=trained)]
+            segments += self._markup(tags[2], trained)
         return segments
 
-    def _header(self, role: str) -> list[Segment]:
-        return [Segment(self.template.dialect.turn_open, control=True), Segment(f"{role}\n")]
-
-    def _close(self, trained: bool = False) -> list[Segment]:
-        return [Segment(self.template.dialect.turn_close, control=True, trained=trained), Segment("\n")]
+    def _end(self, *, called: bool, current: bool, trained: bool) -> list[Segment]:
+        dialect = self._dialect
+        if dialect.ends_in_next_header:
+            return []
+        end = dialect.call_end if called else dialect.answer_end if current else dialect.history_end
+        return [*self._markup(end, trained), *self._markup(dialect.gap)]
 
     def _pieces(self, pieces: Iterable[str], trained: bool = False) -> list[Segment]:
-        return [Segment(piece, piece in (THINK_OPEN, THINK_CLOSE), trained) for piece in pieces]
+        return self._markup("".join(pieces), trained)
 
-    def _markup(self, text: str, trained: bool = False) -> list[Segment]:
-        """Our own markup around tools: its tags are tokens of their own where the tokenizer has them."""
-        pieces = [text]
-        for tag in TOOL_TAGS:
-            pieces = [part for piece in pieces for part in _split_keeping(piece, tag)]
-        return [Segment(piece, piece in TOOL_TAGS, trained) for piece in pieces if piece]
+    def _markup(self, text: str, trained: bool = False, *, ended: bool = False) -> list[Segment]:
+        """Markup as segments: control where it is a token of the tokenizer. `ended` trains its first token."""
+        if (text, trained) not in self._markup_segments:
+            pieces = [piece for piece in self._split_tokens(text) if piece]
+            self._markup_segments[text, trained] = [
+                Segment(piece, piece in self._control_bytes, trained) for piece in pieces
+            ]
+        segments = self._markup_segments[text, trained]
+        return [segments[0]._replace(trained=True), *segments[1:]] if ended else segments
 
     def encode(self, rendered: Sequence[Iterable[Segment]]) -> list[tuple[list[int], list[bool]]]:
         """Ids and trained flags of each list of segments; all text is tokenised in one batch."""
@@ -229,6 +330,10 @@ class Renderer:
             for pieces in joined
         ]
 
+    def token_ends(self, text: str) -> list[int]:
+        """For each token of `text`, alone and as ordinary text, the character at which it ends."""
+        return self._encoder.token_ends(text)
+
     def render(self, conversations: Sequence[Conversation]) -> list[list[Rendered]]:
         """All training sequences of each conversation (see `targets`)."""
         targets = [(number, target) for number, each in enumerate(conversations) for target in self.targets(each)]
@@ -244,17 +349,18 @@ class Renderer:
         Raises DataError `template_mismatch`, showing both renderings. A conversation with control strings in its
         texts is not compared, since a template cannot tell them from markup.
         """
-        markup = {*self._control_ids, *self.tokenizer.get_added_vocab()}
-        if any(text in json.dumps(conversation.to_messages(), ensure_ascii=False) for text in markup):
+        if any(token in json.dumps(conversation.to_messages(), ensure_ascii=False) for token in self._control_bytes):
             return
         for target in self.targets(conversation):
             shown = replace(conversation, exchanges=conversation.exchanges[: target.last + 1])
             expected = self.tokenizer.apply_chat_template(
-                shown.to_messages(),
+                shown.to_messages(target.mode),
                 tools=list(shown.tools) or None,
                 enable_thinking=target.mode is Mode.THINKING,
                 tokenize=False,
             )
+            if self._dialect.ends_in_next_header:
+                expected += self._dialect.answer_end
             segments = self.segments(conversation, target)
             text = "".join(segment.text for segment in segments)
             ids, _ = self.encode([[segment._replace(trained=False) for segment in segments]])[0]
@@ -266,9 +372,14 @@ class Renderer:
                 )
 
 
-def _split_keeping(text: str, separator: str) -> list[str]:
-    pieces = text.split(separator)
-    return [part for piece in pieces[:-1] for part in (piece, separator)] + pieces[-1:]
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _with_closing_trained(segments: list[Segment], closing: str) -> list[Segment]:
+    # The first of its kind: what precedes it is the prompt, the reasoning, and an opening tag.
+    place = next(index for index, segment in enumerate(segments) if segment.control and segment.text == closing)
+    return [*segments[:place], segments[place]._replace(trained=True), *segments[place + 1 :]]
 
 
 def _without_tail(ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:

@@ -84,6 +84,7 @@ class ThinkFusionTrainer(SFTTrainer):
                 "to install_chat_template(tokenizer, model)."
             )
         template = installed_template(tokenizer)
+        assert template is not None
         self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in template.dialect.control_tokens]
         self._closing_id = tokenizer.convert_tokens_to_ids(template.scheme.closing_token)
         if peft_config is True:
