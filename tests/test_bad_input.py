@@ -150,6 +150,19 @@ REFUSED = [
         "late_think",
         "messages[1].content[1]: the reasoning begins after the answer",
     ),
+    Refused(
+        "29-after-a-call",
+        messages(user(), assistant([{"type": "tool_call", "name": "add"}, {"type": "reasoning", "text": "a"}])),
+        "late_think",
+        "messages[1].content[1]: the reasoning begins after the answer",
+    ),
+    Refused(
+        "10-text-after-a-call",
+        messages(user(), assistant([{"type": "tool_call", "name": "add"}, "4"])),
+        "bad_message",
+        "messages[1].content[1]: found text after a tool call",
+    ),
+    Refused("38-first", messages(result(), user(), assistant()), "tool_order", "messages[0].role: found 'tool', expec"),
     *(
         Refused(
             f"32-answer-{text}",
@@ -374,6 +387,19 @@ def test_14_the_first_assistant_is_dropped_on_demand():
     assert read(row, drop_first_assistant=True) == ([system(), *SHORT], [("altered", "dropped_first_assistant")])
 
 
+def test_13_a_call_is_joined_to_no_later_answer():
+    for option in ({"join_messages": True}, {"join_messages": True, "drop_first_assistant": True}):
+        with pytest.raises(DataError) as caught:
+            parse(messages(user(), calling(call()), assistant()), **option)
+        assert caught.value.reason == "tool_order"
+
+
+def test_14_a_result_before_the_first_user_message_is_not_dropped():
+    with pytest.raises(DataError) as caught:
+        parse(messages(result(), user(), assistant()), drop_first_assistant=True)
+    assert caught.value.reason == "tool_order"
+
+
 def test_30_other_tags_are_read_only_where_they_are_named():
     for opening, closing in (("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>"), ("◁think▷", "◁/think▷")):
         row = messages(user(), assistant(f"{opening}\nr\n{closing}\n4"))
@@ -401,6 +427,8 @@ def test_30_one_warning_names_the_option(caplog):
         (assistant("<think>r</think>Close it with </think>."), "Close it with </think>.", "r"),
         (assistant("Close it with </think>.", reasoning="r"), "Close it with </think>.", "r"),
         (assistant(reasoning="<think> opens"), "4", "<think> opens"),
+        (assistant("See <think>a</think>b."), "See <think>a</think>b.", None),
+        (assistant("<think> opens."), "<think> opens.", None),
     ],
 )
 def test_32_control_strings_are_plain_text_on_demand(given, answer, reasoning):
@@ -515,6 +543,15 @@ def test_49_other_nulls_are_kept(tools, given, kept):
     notes = []
     assert arguments_of(messages(user(), calling(call(arguments=given)), tools=tools), notes) == kept
     assert notes == []
+
+
+def test_49_a_schema_in_json_text_keeps_its_nulls():
+    tool = {"name": "add", "parameters": None}
+    notes = []
+    assert parse(messages(*SHORT, tools=json.dumps([tool])), notes).tools == (tool,)
+    assert notes == []
+    assert parse(messages(*SHORT, tools=[tool]), notes).tools == ({"name": "add"},)
+    assert [(note.kind, note.reason) for note in notes] == [("altered", "filled_nulls")]
 
 
 def test_49_an_arrow_table_fills_and_we_strip():

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,19 @@ def test_whole_pairs_train_every_answer():
     assert [bool(exchange.alternative) for exchange in conversation.exchanges] == [False, False, True]
 
 
+def test_the_prompt_of_a_pair_stays_context_with_its_reasoning():
+    prompt = [user("a"), assistant("b", reasoning="r"), user()]
+    conversation = parse({"prompt": prompt, "thinking": INLINE, "non_thinking": "4!"})
+    assert [exchange.modes for exchange in conversation.exchanges] == [(), BOTH]
+
+
+def test_earlier_exchanges_show_their_non_thinking_answer():
+    conversation = parse(PAIRED["text"])
+    conversation = replace(conversation, exchanges=conversation.exchanges * 2)
+    assert conversation.to_messages() == [user(), assistant("4!"), user(), THINKING_ANSWER]
+    assert conversation.to_messages(Mode.NON_THINKING) == [user(), assistant("4!")] * 2
+
+
 def test_a_pair_may_call_tools():
     row = {"prompt": "a", "thinking": [assistant(None, reasoning="r", tool_calls=[CALL])], "non_thinking": LOOP}
     exchange = parse(row).exchanges[0]
@@ -196,6 +210,12 @@ def test_what_stands_in_a_prompt_is_context():
     conversation = parse({"prompt": prompt, "completion": [assistant("d"), user("e"), assistant("f")]})
     assert [exchange.modes for exchange in conversation.exchanges] == [(), (Mode.NON_THINKING,), (Mode.NON_THINKING,)]
     assert conversation.system == "s"
+
+
+@pytest.mark.parametrize("prompt", ["a", [user("a")]])
+def test_a_system_column_beside_a_prompt(prompt):
+    assert parse({"prompt": prompt, "completion": "b", "system": "s"}).system == "s"
+    assert parse({"prompt": prompt, "thinking": INLINE, "non_thinking": "b", "system": "s"}).system == "s"
 
 
 def test_a_completion_must_hold_an_answer():
@@ -322,6 +342,41 @@ def test_a_row_with_images_is_no_text():
         parse({"question": "a", "answer": "b", "images": ["x.png"]})
     assert caught.value.reason == "unsupported_modality"
     assert parse({"question": "a", "answer": "b", "images": []}).system is None
+
+
+def test_control_characters_are_kept_and_counted():
+    for column in ("question", "answer", "reasoning"):
+        notes = []
+        row = {"question": "a", "answer": "b", "reasoning": "c", column: "\x00a\x1b[1m\x7f\t\r\n"}
+        assert shown(parse(row, notes)) == (row["question"], row["reasoning"], row["answer"])
+        assert [(note.kind, note.reason) for note in notes] == [("noted", "control_characters")]
+    notes = []
+    parse({"question": "a\tb\r\n", "answer": "b\n"}, notes)
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "\ud83d", "answer": "b"},
+        {"question": "a", "answer": "b\udc00"},
+        {"question": "a", "answer": "b", "reasoning": "\udc00"},
+        {"messages": [user(), assistant(None, tool_calls=[{"name": "add", "arguments": {"a": "\ud83d"}}])]},
+        {"messages": [user(), assistant()], "tools": [{"name": "add", "description": "\ud83d"}]},
+        {"instruction": "a", "output": "b", "system": "\ud83d"},
+    ],
+)
+def test_a_lone_surrogate_is_no_character_anywhere(row):
+    with pytest.raises(DataError, match="lone surrogate at character") as caught:
+        parse(row)
+    assert caught.value.reason == "invalid_unicode"
+    str(caught.value).encode()
+
+
+def test_a_field_with_a_strange_name_is_shown_escaped():
+    with pytest.raises(DataError) as caught:
+        parse({"\ud83d\x1b": 1, 3: 4}, format="columns")
+    assert caught.value.message.endswith(r"found '\ud83d\x1b', 3.")
 
 
 # --- which format -----------------------------------------------------------------------------------------------

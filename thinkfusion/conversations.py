@@ -224,7 +224,8 @@ def _spans(turns: Sequence[Placed], reading: Reading) -> list[tuple[int, int]]:
         first = turns[0]
         option = " Leave it out with --drop_first_assistant." if first.message.role == "assistant" else ""
         raise DataError(
-            "role_order", f"{first.place}.role: found {first.message.role!r}, expected the user to begin.{option}"
+            "tool_order" if first.message.role == "tool" else "role_order",
+            f"{first.place}.role: found {first.message.role!r}, expected the user to begin.{option}",
         )
     previous = "user"
     calls = 0

@@ -122,5 +122,5 @@ def show(value: Any) -> str:
 
 def fields_of(row: Any) -> str:
     """The names of the fields of an object, for an error message."""
-    names = ", ".join(map(str, row))
+    names = ", ".join(name if isinstance(name, str) and name.isprintable() else show(name) for name in row)
     return names if len(names) <= 200 else f"{names[:197]}…"

@@ -119,9 +119,9 @@ def take_inline_reasoning(content: str, place: str, reading: Reading) -> tuple[s
     if opening not in content and closing not in content:
         return None, content
     if reading.options.plain_control_tokens:
-        head, opened, rest = content.partition(opening)
+        head, _, rest = content.partition(opening)
         trace, closed, answer = rest.partition(closing)
-        if not opened or head.strip() or not closed:
+        if head.strip() or not closed:
             return None, content
         reasoning, answer = _trimmed(trace, answer)
     else:
