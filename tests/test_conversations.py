@@ -233,6 +233,18 @@ def test_round_trip():
     assert Conversation.from_messages(again, tools=conversation.tools) == conversation
 
 
+def test_repairs_are_noted():
+    notes = []
+    conversation = Conversation.from_messages([user(), assistant("r</think>4"), user("and?")], notes=notes)
+    assert conversation == Conversation.from_messages([user(), assistant(reasoning="r")])
+    assert [note.reason for note in notes] == ["opened_in_prompt", "trailing_user"]
+    assert [note.detail.partition(":")[0] for note in notes] == ["messages[1]", "messages[2]"]
+
+
+def test_tools_may_be_given_as_json_text():
+    assert Conversation.from_messages([user(), assistant()], tools='[{"name": "add"}]').tools == ({"name": "add"},)
+
+
 def test_to_dict_leaves_out_what_is_absent():
     assert Message("assistant", "4").to_dict() == {"role": "assistant", "content": "4"}
 
@@ -360,6 +372,7 @@ def test_bad_tools_and_modes_are_named(options, reason, fragment):
         ([user("2+2?\n/no_think"), assistant(reasoning="r")], None),
         ([user("2+2? /think"), assistant(reasoning="r")], "non_thinking"),
         ([user(), assistant(), user("2+2? /think"), assistant()], None),
+        ([user("2+2? /think \u2003\x1c\n"), assistant()], None),
         ([system("Be brief. /no_think"), user(), assistant(reasoning="r")], None),
     ],
 )
