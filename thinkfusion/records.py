@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,8 +37,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 EXCERPT = 200
-SEPARATOR = "\ud800"
-"""Between the texts that are hashed together: a lone surrogate, which no text of a conversation can hold."""
+SEPARATOR = b"\xff"
+"""Behind each of the texts that are hashed together: a byte that UTF-8 never has."""
 HASH_BYTES = 8
 SHOWN_PROMPTS = 10
 SKIP_HINT = "Leave such rows out with on_bad_row='skip' (--on_bad_row skip)."
@@ -58,15 +57,15 @@ def read_row(line: int, raw: Any, source: str, options: RecordOptions) -> RowOut
             raise row
         if not isinstance(row, Mapping):
             raise DataError("not_an_object", f"found {type(row).__name__}, expected an object with named fields.")
-        parsed = parse_row(row, options, notes)
+        conversation = replace(parse_row(row, options, notes), source=source, line=line)
+        key = row_key(conversation)
     except DataError as error:
         return RowOutcome(line, [], error=error.at(source, line), source=source, excerpt=_excerpt(raw))
     except RecursionError:
         deep = DataError("invalid_json", "no JSON that can be read: nested too deeply.", source=source, line=line)
         return RowOutcome(line, [], error=deep, source=source, excerpt=_excerpt(raw))
-    conversation = replace(parsed, source=source, line=line)
     excerpt = _excerpt(raw) if any(note.kind == "altered" for note in notes) else ""
-    return RowOutcome(line, notes, conversation, source=source, excerpt=excerpt, key=row_key(conversation))
+    return RowOutcome(line, notes, conversation, source=source, excerpt=excerpt, key=key)
 
 
 def account(report: RowReport, outcome: RowOutcome, options: RecordOptions, *, drops: bool = False) -> bool:
@@ -205,7 +204,7 @@ def row_key(conversation: Conversation) -> tuple[int, int]:
     prompt = [conversation.system or "", last.user.content]
     answer: list[str] = [*last.modes]
     if conversation.tools:
-        prompt.append(_json(conversation.tools))
+        prompt.append(repr(conversation.tools))
     for exchange in earlier:
         prompt.append(exchange.user.content)
         for step in exchange.steps:
@@ -214,24 +213,21 @@ def row_key(conversation: Conversation) -> tuple[int, int]:
         answer += exchange.modes
     for step in (*last.steps, *last.alternative):
         answer += (*_texts(step), step.reasoning or "")
-    hashed = blake2b(_bytes(prompt), digest_size=HASH_BYTES)
+    hashed = blake2b(digest_size=HASH_BYTES)
+    for text in prompt:
+        hashed.update(text.encode())
+        hashed.update(SEPARATOR)
     prompt_key = hashed.digest()
-    hashed.update(_bytes(answer))
+    for text in answer:
+        hashed.update(text.encode())
+        hashed.update(SEPARATOR)
     return int.from_bytes(prompt_key, "little"), int.from_bytes(hashed.digest(), "little")
 
 
 def _texts(step: Message) -> tuple[str, ...]:
     if step.tool_calls:
-        return step.role, step.content, _json(step.tool_calls)
+        return step.role, step.content, repr(step.tool_calls)
     return step.role, step.content
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _bytes(texts: list[str]) -> bytes:
-    return SEPARATOR.join(texts).encode("utf-8", "surrogatepass")
 
 
 def _excerpt(raw: Any) -> str:

@@ -158,11 +158,14 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    number = 0
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(BOM) if number == 1 else line
-            if text and not text.isspace():
-                yield number, text.rstrip(b"\r\n")
+        for line in file:
+            number += 1
+            # Rebound, so that a line of 100 MB is not held twice.
+            line = (line.removeprefix(BOM) if number == 1 else line).rstrip(b"\r\n")  # noqa: PLW2901
+            if line and not line.isspace():
+                yield number, line
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
