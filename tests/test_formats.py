@@ -212,10 +212,31 @@ def test_what_stands_in_a_prompt_is_context():
     assert conversation.system == "s"
 
 
-@pytest.mark.parametrize("prompt", ["a", [user("a")]])
-def test_a_system_column_beside_a_prompt(prompt):
-    assert parse({"prompt": prompt, "completion": "b", "system": "s"}).system == "s"
-    assert parse({"prompt": prompt, "thinking": INLINE, "non_thinking": "b", "system": "s"}).system == "s"
+SYSTEM_ROWS = [
+    {"prompt": "a", "completion": "b"},
+    {"prompt": [user("a")], "completion": "b"},
+    {"prompt": "a", "thinking": INLINE, "non_thinking": "b"},
+    {"prompt": [user("a")], "thinking": INLINE, "non_thinking": "b"},
+    {"thinking": [user(), THINKING_ANSWER], "non_thinking": [user(), assistant()]},
+    {"messages": [user(), assistant()]},
+    {"conversations": [user(), assistant()]},
+    {"instruction": "a", "output": "b"},
+    {"question": "a", "answer": "b"},
+]
+
+
+@pytest.mark.parametrize("row", SYSTEM_ROWS, ids=" ".join)
+def test_a_system_column_is_read_in_every_format(row):
+    assert [parse({**row, "system": text}).system for text in ("s", "", None)] == ["s", None, None]
+    with pytest.raises(DataError, match="system: found 3, expected text"):
+        parse({**row, "system": 3})
+
+
+def test_a_system_column_beside_a_system_message_is_joined_and_counted():
+    notes = []
+    row = {"messages": [{"role": "system", "content": "t"}, user(), assistant()], "system": "s"}
+    assert parse(row, notes).system == "s\n\nt"
+    assert [(note.kind, note.reason) for note in notes] == [("altered", "joined_system")]
 
 
 def test_a_completion_must_hold_an_answer():

@@ -43,7 +43,7 @@ _KEY_COLUMNS = {
 FORMATS = tuple(_KEY_COLUMNS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecordOptions(MessageOptions):
     """How rows are read.
 
@@ -224,6 +224,7 @@ class _Row:
         return Placed(assistant_message(text, reasoning, column, self.reading), column)
 
     def system(self) -> list[Placed]:
+        """The system text that stands in a column of its own, as a message."""
         text = self.optional_text("system")
         if not text:
             return []
@@ -235,7 +236,7 @@ def _read_messages_row(row: _Row) -> Conversation:
     if "messages" not in row.fields:
         raise DataError("empty_conversation", f"messages: missing; found the fields {fields_of(row.fields)}.")
     tools = row.tools()
-    return row.converse(read_messages(row.fields["messages"], "messages", row.reading), tools)
+    return row.converse([*row.system(), *read_messages(row.fields["messages"], "messages", row.reading)], tools)
 
 
 def _read_columns(row: _Row) -> Conversation:
@@ -257,7 +258,8 @@ def _read_columns(row: _Row) -> Conversation:
     if reasoning is not None:
         reasoning = one_reasoning_of({options.reasoning_column: reasoning}, options.answer_column, row.reading)
     user = row.user(options.question_column, question)
-    return row.converse((user, row.answer(options.answer_column, answer, reasoning)), row.tools())
+    answered = row.answer(options.answer_column, answer, reasoning)
+    return row.converse([*row.system(), user, answered], row.tools())
 
 
 def _read_prompt_completion(row: _Row) -> Conversation:
@@ -402,6 +404,8 @@ def _paired_turns(row: _Row, column: str, prompt: Sequence[Placed]) -> list[Plac
         turns = [read_message(value, column, row.reading)]
     else:
         turns = read_messages(value, column, row.reading)
+    if not prompt:
+        return [*row.system(), *turns]
     if turns[0].message.role not in ("system", "user"):
         return [*prompt, *turns]
     given = [_said(turn.message) for turn in turns[: len(prompt)]]

@@ -42,7 +42,7 @@ class Note(NamedTuple):
     detail: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MessageOptions:
     """What may be done to messages that are not as they should be.
 
