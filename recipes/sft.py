@@ -11,7 +11,7 @@ Settings come from a YAML file (--config) and from flags of the same names, whic
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -21,11 +21,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from thinkfusion import (
-    Conversation,
     DataError,
+    EvaluationPrompt,
     ModeEvaluationCallback,
     RecordOptions,
     RowReport,
+    Source,
     ThinkFusionConfig,
     ThinkFusionTrainer,
     ensure_processes,
@@ -36,8 +37,9 @@ from thinkfusion import (
     load_checkpoint,
     lora_config,
     mode_table,
+    overlap_with_training,
     prepare,
-    read_conversations,
+    prepared_cache,
     read_prompts,
     save_report,
 )
@@ -52,12 +54,16 @@ TASK_SEED = 1
 class RecipeArguments:
     model: str = "tiny-base"
     """Folder or Hub id of the checkpoint to start from; `tiny-base` is the embedded one."""
-    dataset: str = EMBEDDED
-    """A .jsonl, .json or .parquet file, a Hub id, or `tasks` for the embedded tasks."""
+    dataset: list[str] = field(default_factory=lambda: [EMBEDDED])
+    """Files (.jsonl, .json, .csv, .parquet, …), patterns or Hub ids, or `tasks` for the embedded tasks."""
+    dataset_weights: list[float] | None = None
+    """One for each: 2 trains every row twice, 0.5 a random half of them."""
+    streaming: bool = False
+    """Make the sequences while they are read, for data larger than the disk; needs max_steps."""
     train_samples: int = 12800
     """How many samples of the embedded tasks are drawn."""
     format: str | None = None
-    """`messages` or `columns`; detected from the first row if not given."""
+    """The format of the rows; recognised by their columns if not given."""
     question_column: str = "question"
     reasoning_column: str = "reasoning"
     answer_column: str = "answer"
@@ -65,6 +71,22 @@ class RecipeArguments:
     """Splits an answer column that holds reasoning and answer, at the last place it occurs."""
     remove_pattern: str | None = None
     """A regular expression; what it matches is removed from reasoning and answer."""
+    repair: bool = True
+    """Repair what can be repaired (aliases of roles, a trailing question, …); false makes these bad rows."""
+    join_messages: bool = False
+    """Join two messages of one role in a row with a blank line."""
+    drop_first_assistant: bool = False
+    """Leave out an assistant message in front of the first user message."""
+    plain_control_tokens: bool = False
+    """Keep control strings inside answers and reasoning, as ordinary text."""
+    reasoning_tags: str | None = None
+    """Other marks of reasoning than <think>, e.g. "<thinking>,</thinking>"."""
+    drop_reasoning: bool = False
+    """Leave out the reasoning of rows that are marked as non-thinking."""
+    drop_duplicates: bool = False
+    """Leave out rows that came before."""
+    on_overlap: str = "warn"
+    """What happens when prompts of the evaluation are found in the training rows: warn or error."""
     lora: bool = False
     """Train LoRA adapters (experts included) in place of all weights; they are merged at the end."""
     lora_r: int = 16
@@ -89,21 +111,33 @@ def parse_arguments() -> tuple[RecipeArguments, ThinkFusionConfig]:
     return recipe, training
 
 
-def read_rows(recipe: RecipeArguments, training: ThinkFusionConfig) -> tuple[list[Conversation], RowReport]:
-    if recipe.dataset == EMBEDDED:
-        samples = generate_samples(recipe.train_samples, seed=TASK_SEED)
-        rows = [{"question": each.question, "reasoning": each.reasoning, "answer": each.answer} for each in samples]
-        return read_conversations(rows)
-    options = RecordOptions(
-        format=recipe.format,
-        question_column=recipe.question_column,
-        reasoning_column=recipe.reasoning_column,
-        answer_column=recipe.answer_column,
-        answer_separator=recipe.answer_separator,
-        remove_pattern=recipe.remove_pattern,
-        on_bad_row=training.on_bad_row,
-    )
-    return read_conversations(recipe.dataset, options)
+def sources(recipe: RecipeArguments) -> list[Source]:
+    names = [recipe.dataset] if isinstance(recipe.dataset, str) else recipe.dataset
+    weights = recipe.dataset_weights or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise ValueError(f"dataset_weights: found {len(weights)} for {len(names)} data sets, expected one for each.")
+    return [
+        Source(embedded_rows(recipe) if name == EMBEDDED else name, weight, streaming=recipe.streaming)
+        for name, weight in zip(names, weights, strict=True)
+    ]
+
+
+def embedded_rows(recipe: RecipeArguments) -> list[dict[str, str]]:
+    samples = generate_samples(recipe.train_samples, seed=TASK_SEED)
+    return [{"question": each.question, "reasoning": each.reasoning, "answer": each.answer} for each in samples]
+
+
+def record_options(recipe: RecipeArguments) -> RecordOptions:
+    given = {each.name: getattr(recipe, each.name) for each in fields(RecordOptions) if hasattr(recipe, each.name)}
+    return RecordOptions(**given)
+
+
+def check_overlap(recipe: RecipeArguments, report: RowReport, prompts: list[EvaluationPrompt]) -> None:
+    found = overlap_with_training(report, prompts)
+    if found and recipe.on_overlap == "error":
+        raise ValueError(f"{found} Leave them out of one of the two, or accept it with --on_overlap warn.")
+    if found:
+        logging.warning("%s What is measured on them is memory.", found)
 
 
 def main() -> None:
@@ -120,25 +154,25 @@ def main() -> None:
     install_chat_template(tokenizer, model, scheme=training.scheme, default_mode=training.default_mode)
 
     # 2. The rows, mixed, rendered and tokenised; the report accounts for every one.
-    conversations, report = read_rows(recipe, training)
+    prompts = read_prompts(recipe.prompts, answer_separator=recipe.answer_separator) if recipe.prompts else None
     longest = training.max_length or model.config.get_text_config().max_position_embeddings
     with training.main_process_first(desc="preparing the rows"):
         dataset, report = prepare(
-            conversations,
+            sources(recipe),
             tokenizer,
-            mixture=training.mixture,
-            max_length=longest,
-            on_bad_row=training.on_bad_row,
-            report=report,
+            **training.preparation(longest, record_options(recipe)),
+            streaming=recipe.streaming,
+            cache_dir=prepared_cache(),
         )
+    if prompts is not None and not recipe.streaming:
+        check_overlap(recipe, report, prompts)
 
     # 3. Training in both modes.
     adapter = lora_config(model, tokenizer, r=recipe.lora_r, lora_alpha=recipe.lora_alpha) if recipe.lora else None
     trainer = ThinkFusionTrainer(
         model, training, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter
     )
-    prompts = read_prompts(recipe.prompts, answer_separator=recipe.answer_separator) if recipe.prompts else None
-    measured = recipe.dataset == EMBEDDED or prompts is not None
+    measured = EMBEDDED in recipe.dataset or prompts is not None
     if recipe.evaluation_steps and measured:
         trainer.add_callback(
             ModeEvaluationCallback(
@@ -149,7 +183,8 @@ def main() -> None:
             )
         )
     if trainer.is_world_process_zero():
-        print(report)
+        report.save(Path(training.output_dir) / "row_report.json")
+        print(report, report.account or "", sep="\n")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir) if recipe.resume else None)
 
     # 4. The result, and the proof: what is measured is what was written.

@@ -14,6 +14,7 @@ from thinkfusion import (
     Mode,
     ModeEvaluationCallback,
     PaddingCollator,
+    RecordOptions,
     ThinkFusionConfig,
     ThinkFusionTrainer,
     export_checkpoint,
@@ -25,6 +26,8 @@ from thinkfusion import (
     task_prompts,
 )
 from thinkfusion.moe import expert_parameters
+
+ALL = RecordOptions(max_skipped=1.0)
 
 
 def conversations(count: int = 16) -> list[Conversation]:
@@ -243,7 +246,7 @@ def test_a_file_as_data_set(tmp_path, base_tokenizer, model):
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(DataError, match=r"rows\.jsonl, row 5: .*\[empty_answer\]"):
         ThinkFusionTrainer(model, config(tmp_path), train_dataset=str(path), processing_class=base_tokenizer)
-    settings = config(tmp_path, on_bad_row="skip")
+    settings = config(tmp_path, on_bad_row="skip", max_skipped=1.0)
     trainer = ThinkFusionTrainer(model, settings, train_dataset=str(path), processing_class=base_tokenizer)
     assert trainer.row_report.to_dict()["skipped"] == {"empty_answer": 1}
     assert (trainer.row_report.read, trainer.row_report.kept) == (5, 4)
@@ -293,14 +296,14 @@ def test_too_long_rows_are_never_cut(tokenizer):
     lengths = sorted(len(row["input_ids"]) for row in prepare(rows, tokenizer)[0])
     with pytest.raises(DataError, match=rf"the row has {lengths[-1]} tokens, and max_length is {lengths[-1] - 1}"):
         prepare(rows, tokenizer, max_length=lengths[-1] - 1)
-    data, report = prepare(rows, tokenizer, max_length=lengths[-1] - 1, on_bad_row="skip")
+    data, report = prepare(rows, tokenizer, max_length=lengths[-1] - 1, on_long_row="drop", records=ALL)
     assert report.read == 6 == report.kept + report.skipped["too_long"]
     assert report.skipped["too_long"] >= 1
     assert len(data) == 2 * report.kept
     assert report.sequences == {"thinking": report.kept, "non_thinking": report.kept}
     assert report.all_tokens == sum(map(len, data["input_ids"]))
     with pytest.raises(ValueError, match="nothing to train on"):
-        prepare(rows, tokenizer, max_length=3, on_bad_row="skip")
+        prepare(rows, tokenizer, max_length=3, on_long_row="drop", records=ALL)
 
 
 def test_rows_reach_the_model_as_they_were_prepared(tmp_path, base_tokenizer, model):
@@ -326,3 +329,48 @@ def test_padding_is_masked_and_carries_no_loss():
         "attention_mask": [[1, 1, 1], [1, 0, 0]],
         "mode": [0, 1],
     }
+
+
+def test_an_ordered_mixture_is_trained_in_order(tmp_path, base_tokenizer, model):
+    seen = []
+
+    class Watching(ThinkFusionTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.extend(inputs["mode"].tolist())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    rows = [
+        {"question": str(number), "answer": "a", **({"reasoning": "b"} if number % 2 else {})} for number in range(16)
+    ]
+    settings = config(tmp_path, mixture="sequential", max_steps=-1, num_train_epochs=1, per_device_train_batch_size=4)
+    Watching(model, settings, train_dataset=rows, processing_class=base_tokenizer).train()
+    assert seen == [0] * 8 + [1] * 8
+
+
+def test_a_stream_trains_like_a_file(tmp_path, tokenizer, tiny_models):
+    losses = []
+    for streaming in (False, True):
+        model = tiny_models(seed=1)
+        model.resize_token_embeddings(1088)
+        rows = conversations(12)
+        data, _ = prepare(rows, tokenizer, streaming=streaming, mixture="paired")
+        # A stream comes in its order, and so does a file when it is not shuffled.
+        settings = config(tmp_path / str(streaming), max_steps=3, train_sampling_strategy="sequential")
+        trainer = ThinkFusionTrainer(model, settings, train_dataset=data, processing_class=tokenizer)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+
+
+def test_settings_of_the_data_are_checked_at_once(tmp_path):
+    for settings, message in (
+        ({"ratio": "2"}, "ratio: "),
+        ({"mixture": "ratio", "ratio": "0"}, "ratio: found '0'"),
+        ({"shorten_fraction": 0.1}, "shorten_budget"),
+        ({"on_long_row": "cut"}, "on_long_row: 'cut'"),
+        ({"max_skipped": 2.0}, "max_skipped: found 2.0"),
+        ({"pair_fraction": -0.5}, "pair_fraction: found -0.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(tmp_path, **settings)

@@ -37,6 +37,7 @@ _HOME = {
     "Renderer": "rendering",
     "render": "rendering",
     "PaddingCollator": "packing",
+    "prepared_cache": "storing",
     "prepare": "preparing",
     "lora_config": "moe",
     "reply": "generation",
@@ -44,6 +45,7 @@ _HOME = {
     "EvaluationPrompt": "evaluation",
     "ModeReport": "evaluation",
     "evaluate_modes": "evaluation",
+    "overlap_with_training": "evaluation",
     "read_prompts": "evaluation",
     "task_prompts": "evaluation",
     "mode_table": "reporting",
@@ -62,7 +64,14 @@ if TYPE_CHECKING:
     from thinkfusion.checkpointing import export_checkpoint, load_checkpoint
     from thinkfusion.configuration import ThinkFusionConfig
     from thinkfusion.conversations import Conversation, Exchange
-    from thinkfusion.evaluation import EvaluationPrompt, ModeReport, evaluate_modes, read_prompts, task_prompts
+    from thinkfusion.evaluation import (
+        EvaluationPrompt,
+        ModeReport,
+        evaluate_modes,
+        overlap_with_training,
+        read_prompts,
+        task_prompts,
+    )
     from thinkfusion.formats import RecordOptions
     from thinkfusion.generation import reply, stream_reply
     from thinkfusion.launching import ensure_processes
@@ -79,6 +88,7 @@ if TYPE_CHECKING:
     from thinkfusion.row_report import RowReport
     from thinkfusion.shortening import ReasoningOptions
     from thinkfusion.sources import Source
+    from thinkfusion.storing import prepared_cache
     from thinkfusion.tasks import TaskSample, generate_samples, grade
     from thinkfusion.training import ModeEvaluationCallback, ThinkFusionTrainer
 

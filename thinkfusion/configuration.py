@@ -12,7 +12,7 @@ from trl import SFTConfig
 from thinkfusion.formats import RecordOptions
 from thinkfusion.mixture import MIXTURES, MixtureOptions
 from thinkfusion.modes import Mode, get_scheme
-from thinkfusion.sequences import ON_LONG_ROW
+from thinkfusion.sequences import ON_LONG_ROW, Plan
 from thinkfusion.shortening import ReasoningOptions
 
 
@@ -86,8 +86,9 @@ class ThinkFusionConfig(SFTConfig):
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         get_scheme(self.scheme)
         Mode.parse(self.default_mode)
-        # Their own checks name the flag.
-        self.preparation(None)
+        # Their own checks name the flags.
+        given = self.preparation(None)
+        Plan(given["records"], given["mixture"], given["reasoning"], on_long_row=self.on_long_row)
         unsupported = {
             "packing": self.packing,
             "padding_free": self.padding_free,

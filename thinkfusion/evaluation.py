@@ -7,13 +7,16 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkfusion.conversations import DataError
+from thinkfusion.conversations import Conversation, DataError
 from thinkfusion.generation import Prompter, Sampling, generate, split_pending
 from thinkfusion.modes import REPLY_CLASSES, Mode, Reply
+from thinkfusion.records import Overlap, prompt_overlap
+from thinkfusion.row_report import RowReport
 from thinkfusion.sources import iterate_rows
 from thinkfusion.tasks import LANGUAGES, TASKS, generate_samples, grade
 
@@ -93,6 +96,19 @@ def _prompt(row: Any, answer_separator: str | None, task: str) -> EvaluationProm
             raise DataError("missing_separator", f"answer: the separator {answer_separator!r} is missing.")
     solution = None if answer is None else str(answer).strip()
     return EvaluationPrompt(tuple(given), solution, str(row.get("task") or task), str(row.get("language") or "und"))
+
+
+def overlap_with_training(report: RowReport, prompts: Sequence[EvaluationPrompt]) -> Overlap:
+    """Which of the prompts stand in the training rows, by the `report` of preparing these."""
+    # Some answer makes a row of a prompt; a switch in its text decides of which mode. What can be no row is in none.
+    answers = ({"content": "-"}, {"content": "-", "reasoning_content": "-"})
+    asked = []
+    for prompt in prompts:
+        for answer in answers:
+            with suppress(DataError):
+                asked.append(Conversation.from_messages([*prompt.messages, {"role": "assistant", **answer}]))
+                break
+    return prompt_overlap(report.prompt_keys, asked)
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:

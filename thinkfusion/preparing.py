@@ -147,6 +147,11 @@ class _Preparation:
         """The same sequences, made while they are read."""
         from datasets import IterableDataset
 
+        if any(isinstance(source.location, Iterator) for source in self.sources):
+            raise ValueError(
+                "streaming: found rows that can be read but once (a generator), and a stream is read once an epoch. "
+                "Give a file, or an object whose rows can be read again."
+            )
         return IterableDataset.from_generator(self._rows, features=features())
 
     def _rows(self) -> Iterator[dict[str, Any]]:

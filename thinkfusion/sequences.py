@@ -276,6 +276,9 @@ class SequenceMaker:
 
 
 def _failed(outcome: RowOutcome, error: DataError) -> RowOutcome:
+    if error.line is None:
+        given = outcome.conversation
+        error = error.at(outcome.source, outcome.line if given is None or given.line is None else given.line)
     return outcome._replace(conversation=None, error=error)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepared sequences on disk: an Arrow file mapped into memory, which of it is chosen, and a cache of such folders.
 
-A folder holds `sequences.arrow`, `chosen.npy` (indices in the order of training) and, when it is kept, `report.json` and the
-hashes of the prompts.
+A folder holds `sequences.arrow`, `chosen.npy` (indices in the order of training) and, when it is kept, `report.json`
+and the hashes of the prompts.
 """
 
 from __future__ import annotations
@@ -100,6 +100,13 @@ def load_sequences(folder: Path) -> Dataset:
     if len(chosen) == len(dataset) and np.array_equal(chosen, np.arange(len(dataset))):
         return dataset
     return dataset.select(chosen)
+
+
+def prepared_cache() -> Path:
+    """Where prepared rows are kept: a folder of its own in the cache of the library datasets (HF_DATASETS_CACHE)."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "thinkfusion"
 
 
 def cache_key(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> str | None:
