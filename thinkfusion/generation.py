@@ -3,14 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from thinkfusion.conversations import Conversation, DataError, Message
 from thinkfusion.chat_templates import installed_template
-from thinkfusion.modes import THINK_CLOSE, THINK_OPEN, Mode, Reply, Scheme, split_reply, split_soft_switch
+from thinkfusion.conversations import Conversation, DataError, Message
+from thinkfusion.modes import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    Mode,
+    Reply,
+    Scheme,
+    end_ids,
+    get_scheme,
+    reply_tags,
+    split_reply,
+    split_soft_switch,
+)
 from thinkfusion.rendering import Renderer, scheme_of
 
 if TYPE_CHECKING:
@@ -171,8 +182,15 @@ def generate(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     mask = (torch.arange(length, device=model.device) >= length - lengths[:, None]).long()
     with _ready_to_generate(model), torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, use_cache=True, **sampling.options())
-    ends = _end_ids(model, tokenizer)
+        ends = _end_ids(model, tokenizer, get_scheme(scheme))
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            pad_token_id=pad,
+            eos_token_id=ends,
+            use_cache=True,
+            **sampling.options(),
+        )
     replies = []
     for row, mode in zip(out[:, length:].tolist(), modes, strict=True):
         stop = next((index for index, token in enumerate(row) if token in ends), None)
@@ -180,9 +198,10 @@ def generate(
     return replies
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scheme: Scheme) -> list[int]:
+    """What ends a reply: the tokens of the scheme and the tokenizer, and those that the model was made with."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return sorted({*end_ids(tokenizer, scheme), *(own if isinstance(own, list) else [own])} - {None})
 
 
 class Chunk(NamedTuple):
@@ -214,7 +233,11 @@ def stream_reply(
         """Puts tags into the queue as tuples, by id; other ids are decoded by transformers' own streamer."""
 
         def put(self, value: Any) -> None:
-            if not self.next_tokens_are_prompt and value.numel() == 1 and int(value) in tags:
+            if self.next_tokens_are_prompt or value.numel() > 1:
+                super().put(value)
+            elif int(value) in ends:
+                self.end()
+            elif int(value) in tags:
                 self.end()
                 self.next_tokens_are_prompt: bool = False
                 self.text_queue.put((tags[int(value)],))
@@ -229,8 +252,8 @@ def stream_reply(
     prompter = Prompter(tokenizer)
     chosen = choose_mode(messages, mode, prompter.default_mode)
     ids = prompter.prompt_ids(messages, chosen, tools)
-    tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in (THINK_OPEN, THINK_CLOSE)}
-    streamer = Parts(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    tags, ends = reply_tags(tokenizer, prompter.scheme), _end_ids(model, tokenizer, prompter.scheme)
+    streamer = Parts(tokenizer, skip_prompt=True)
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -241,6 +264,7 @@ def stream_reply(
                     input_ids=inputs,
                     attention_mask=torch.ones_like(inputs),
                     pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=ends,
                     streamer=streamer,
                     **Sampling(max_new_tokens, temperature, top_p).options(),
                 )
@@ -251,13 +275,33 @@ def stream_reply(
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    opens = chosen is Mode.THINKING and prompter.scheme.thinking_prefix
-    part = "reasoning" if opens else "answer"
-    for piece in streamer:
-        if isinstance(piece, tuple):
-            part = "reasoning" if piece == (THINK_OPEN,) else "answer"
-        else:
-            yield Chunk(part, piece)
+    yield from _chunks(streamer, prompter.scheme, chosen)
     thread.join()
     if failures:
         raise failures[0]
+
+
+def _chunks(pieces: Iterable[str | tuple[str]], scheme: Scheme, mode: Mode) -> Iterator[Chunk]:
+    """Texts and tags of a reply, in their order, as its parts."""
+    part = "reasoning" if mode is Mode.THINKING and scheme.thinking_prefix else "answer"
+    call_start = scheme.call_lead + scheme.call_start
+    header = ""  # a closing of several tokens, or the beginning of a tool call, as far as it has come
+    in_call = False
+    for piece in pieces:
+        tag = piece[0] if isinstance(piece, tuple) else None
+        text = tag or str(piece)
+        if in_call:
+            yield Chunk(part, text)
+        elif tag in (THINK_OPEN, THINK_CLOSE):
+            part = "reasoning" if tag == THINK_OPEN else "answer"
+        elif header or tag == scheme.closing_token:
+            header += text
+            if header == scheme.closing:
+                part, header = "answer", ""
+            elif call_start and header.startswith(call_start):
+                part, in_call = "answer", True
+                yield Chunk(part, header[len(scheme.call_lead) :])
+            elif not scheme.closing.startswith(header) and not call_start.startswith(header):
+                header = ""
+        elif tag is None:
+            yield Chunk(part, text)

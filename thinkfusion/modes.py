@@ -216,19 +216,29 @@ def _split_text(text: str, mode: Mode, scheme: Scheme) -> tuple[list[str], list[
     return [*pieces[:-1:2], pieces[-1] + call], pieces[1::2]
 
 
-def _split_ids(
-    ids: list[int], tokenizer: Any, mode: Mode, scheme: Scheme
-) -> tuple[list[str], list[str], list[int], bool]:
-    """Texts between the tags, the tags, tokens per text, and whether the reply ended by itself."""
-    ends = {tokenizer.eos_token_id, *map(tokenizer.get_added_vocab().get, scheme.ends)} - {None}
-    end = next((index for index, token in enumerate(ids) if token in ends), None)
+def reply_tags(tokenizer: Any, scheme: Scheme) -> dict[int, str]:
+    """The control tokens of a reply, by id: those of the scheme, and special ones that belong to no tool call."""
     tags = {THINK_OPEN, THINK_CLOSE, *scheme.tags}
-    names = {
+    return {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
         if token.content in tags
         or (token.special and token_id != tokenizer.unk_token_id and token.content not in scheme.call_markup)
     }
+
+
+def end_ids(tokenizer: Any, scheme: Scheme) -> set[int]:
+    """The tokens that end a reply: the tokenizer's own and those of the scheme."""
+    return {tokenizer.eos_token_id, *map(tokenizer.get_added_vocab().get, scheme.ends)} - {None}
+
+
+def _split_ids(
+    ids: list[int], tokenizer: Any, mode: Mode, scheme: Scheme
+) -> tuple[list[str], list[str], list[int], bool]:
+    """Texts between the tags, the tags, tokens per text, and whether the reply ended by itself."""
+    ends = end_ids(tokenizer, scheme)
+    end = next((index for index, token in enumerate(ids) if token in ends), None)
+    names = reply_tags(tokenizer, scheme)
     marked, call = _marked(ids[:end], tokenizer, mode, scheme)
     parts: list[list[int]] = [[]]
     found = []

@@ -91,7 +91,10 @@ class Renderer:
 
         Where history is rendered as non-thinking answers are (the control scheme of most dialects), all of these share
         one sequence; every thinking answer needs its own, since the reasoning of earlier exchanges is not shown.
+
+        Raises DataError `parallel_tool_calls` for several calls in one step where the markup has no place for them.
         """
+        self.check_calls(conversation.exchanges)
         wanted = [(index, mode) for index, exchange in enumerate(conversation.exchanges) for mode in exchange.modes]
         shared = [index for index, mode in wanted if mode is Mode.NON_THINKING]
         alone = self._dialect.answers_differ_in_history or not self.scheme.history_is_non_thinking
@@ -100,11 +103,20 @@ class Renderer:
         targets = [Target(index, mode, frozenset({index})) for index, mode in wanted if mode is not Mode.NON_THINKING]
         return [*targets, Target(max(shared), Mode.NON_THINKING, frozenset(shared))]
 
-    def segments(self, conversation: Conversation, target: Target) -> list[Segment]:
-        """The conversation up to the target's last exchange, neighbouring pieces not yet joined.
+    def check_calls(self, exchanges: Iterable[Exchange]) -> None:
+        """Raise DataError `parallel_tool_calls` for several calls in one step, where the markup has place for one."""
+        for exchange in exchanges if self._dialect.calls.own_message else ():
+            for step in (*exchange.steps, *exchange.alternative):
+                if len(step.tool_calls) > 1:
+                    raise DataError(
+                        "parallel_tool_calls",
+                        f"tool_calls: found {len(step.tool_calls)} calls in one message, but the markup "
+                        f"{self._dialect.name} has one a message. Write each call and its result as messages of their "
+                        "own.",
+                    )
 
-        Raises DataError `parallel_tool_calls` for several calls in one step where the markup has no place for them.
-        """
+    def segments(self, conversation: Conversation, target: Target) -> list[Segment]:
+        """The conversation up to the target's last exchange, neighbouring pieces not yet joined."""
         segments = self._opening(conversation)
         ended = False
         for index, exchange in enumerate(conversation.exchanges[: target.last + 1]):
@@ -121,8 +133,9 @@ class Renderer:
 
     def prompt_segments(self, conversation: Conversation, mode: Mode, pending: Sequence[Message]) -> list[Segment]:
         """The generation prompt of `mode` after `conversation` and the `pending` messages, that begin with a user."""
-        segments = self._opening(conversation)
         waiting = Exchange(pending[0], tuple(pending[1:]))
+        self.check_calls((*conversation.exchanges, waiting))
+        segments = self._opening(conversation)
         for index, exchange in enumerate((*conversation.exchanges, waiting)):
             segments += self._user(exchange.user, after_system=self._opens_with_system(conversation, index))
             segments += self._steps(exchange, mode, current=exchange is waiting, trained=False)[0]
@@ -239,12 +252,6 @@ class Renderer:
 
     def _calls(self, given: Sequence[dict[str, Any]], opening: str, trained: bool) -> list[Segment]:
         calls = self._dialect.calls
-        if calls.own_message and len(given) > 1:
-            raise DataError(
-                "parallel_tool_calls",
-                f"tool_calls: found {len(given)} calls in one message, but the markup {self._dialect.name} has one a "
-                "message. Write each call and its result as messages of their own.",
-            )
         segments: list[Segment] = []
         for number, call in enumerate(given):
             name = _json(call["name"]) if calls.quoted_name else call["name"]
@@ -400,6 +407,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, mode:
     if mode is Mode.THINKING and not conversation.exchanges[last].has_reasoning:
         raise DataError("missing_reasoning", "the last exchange has no reasoning to render in thinking mode.")
     renderer = Renderer(tokenizer)
+    renderer.check_calls(conversation.exchanges)
     segments = renderer.segments(conversation, Target(last, mode, frozenset({last})))
     return Rendered(*_without_tail(*renderer.encode([segments])[0]), mode)
 
