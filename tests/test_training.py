@@ -283,7 +283,7 @@ def test_settings_that_clash_are_refused(tmp_path, tokenizer, model, tiny_models
         ThinkFusionTrainer(model, None, train_dataset=rows, processing_class=tokenizer)
     with pytest.raises(ValueError, match="processing_class: missing"):
         ThinkFusionTrainer(model, config(tmp_path), train_dataset=rows)
-    with pytest.raises(TypeError, match="expected conversations"):
+    with pytest.raises(DataError, match="row 1: found int, expected an object"):
         ThinkFusionTrainer(model, config(tmp_path), train_dataset=[1, 2], processing_class=tokenizer)
     with pytest.raises(ValueError, match="every_steps"):
         ModeEvaluationCallback(None, every_steps=0)

@@ -69,17 +69,19 @@ class Conversation:
         *,
         tools: Sequence[Mapping[str, Any]] | str | None = None,
         mode: Mode | str | bool | None = None,
+        options: MessageOptions | None = None,
         notes: list[Note] | None = None,
     ) -> Conversation:
         """Build a conversation from OpenAI-style messages and check it.
 
         Reasoning is taken from `reasoning_content`, `reasoning`, `thinking`, a content part, or a `<think>…</think>`
         at the start of an assistant's content. An exchange is trained in thinking mode if it has reasoning and else
-        in non-thinking mode, unless `mode` says otherwise for all of them. What was repaired is added to `notes`.
+        in non-thinking mode, unless `mode` says otherwise for all of them. `options` say what may be repaired, and
+        what was is added to `notes`.
 
         Raises DataError, which names the message and the field, for anything that is not a valid conversation.
         """
-        reading = Reading(MessageOptions(), [] if notes is None else notes)
+        reading = Reading(options or MessageOptions(), [] if notes is None else notes)
         offered = read_tools(tools, reading)
         return converse(
             read_messages(messages, "messages", reading),
