@@ -9,7 +9,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from thinkfusion.chat_templates import installed_template
-from thinkfusion.conversations import Conversation, DataError, Message
+from thinkfusion.conversations import Conversation, DataError, Message, MessageOptions
 from thinkfusion.modes import (
     THINK_CLOSE,
     THINK_OPEN,
@@ -84,7 +84,9 @@ def split_pending(
     """
     # An answer is put in the place of the one that is to come, so that one reader checks all conversations.
     shown = [*messages, {"role": "assistant", "content": "…"}]
-    conversation = Conversation.from_messages([_as_read(message) for message in shown], tools=tools)
+    # What a model once wrote is history, whatever strings it holds; they are encoded as text.
+    options = MessageOptions(plain_control_tokens=True)
+    conversation = Conversation.from_messages([_as_read(message) for message in shown], tools=tools, options=options)
     last = conversation.exchanges[-1]
     history = Conversation(conversation.exchanges[:-1], conversation.system, conversation.tools)
     return history, [last.user, *last.steps[:-1]]
