@@ -4,6 +4,8 @@
 import json
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -468,3 +470,18 @@ def test_gsm8k_is_read_whole():
     assert reasoning.startswith("Natalia sold 48/2 = 24 clips in May.\n")
     assert answer == "72"
     assert all(conversation.exchanges[0].modes == (Mode.THINKING,) for conversation in kept)
+
+
+def test_broken_rows_crash_nothing_and_are_all_accounted_for(tmp_path):
+    """A short run of the benchmark, whose long run is 200,000 rows."""
+    script = Path(__file__).parent / "benchmarks" / "fuzzing.py"
+    command = [sys.executable, script, "--rows", "2000", "--processes", "1", "--json", tmp_path / "fuzzing.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "fuzzing.json").read_bytes())
+    assert found["rows_in"] == found["rows_kept"] + sum(found["skipped"].values()) >= 1990
+    assert found["ratios"]["accounted"] == 1
+    assert found["ratios"]["crashed"] == 0
+    # Mutations that nothing survives, or everything, would test nothing.
+    assert 0.1 < found["ratios"]["kept"] < 0.9
+    assert len(found["skipped"]) > 10
