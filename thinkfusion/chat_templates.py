@@ -248,8 +248,9 @@ def response_template(dialect: Dialect, scheme: Scheme | None = None) -> dict[st
     else:
         # A call may follow a thought or a text at once; what it begins with is its own.
         call = f"(?={re.escape(dialect.calls.opening + dialect.calls.call_open)})"
-        opened, closed = re.escape("".join(scheme.thinking_prefix)), f"{re.escape(scheme.closing)}|{call}"
-        content["open_pattern"] = re.escape("".join(scheme.non_thinking_prefix))
+        opened, closed = re.escape("".join(scheme.thinking_prefix)), f"(?={re.escape(scheme.closing)})|{call}"
+        shown = re.escape("".join(scheme.non_thinking_prefix))
+        content["open_pattern"] = f"{re.escape(scheme.closing)}|{shown}"
         content["close_pattern"] += f"|{call}"
     anchors = [dialect.assistant_open]
     if dialect.assistant_open_after_tools is not None:
@@ -279,7 +280,8 @@ def _call_fields(dialect: Dialect) -> dict[str, Any]:
         function["arguments"] = "{arguments}"
         shape |= {"content": "json", "transform_each": True}
         return {**shape, "transform": {"type": "function", "function": function}}
-    lead, tail = (f"(?:{re.escape(text)})?" if text else "" for text in (calls.opening, calls.closing))
+    around = (calls.opening.strip(), calls.closing.strip())
+    lead, tail = (rf"(?:{re.escape(text)}\s*)?" if text else "" for text in around)
     ended = re.escape(calls.call_close) or f"(?={re.escape(dialect.call_end)})"
     shape = {
         "open_pattern": rf"{lead}{re.escape(calls.call_open)}(?P<name>.+?){re.escape(calls.after_name)}",
