@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -94,6 +94,27 @@ def prepare(
     return maker.to_file(None if cache_dir is None else Path(cache_dir)), maker.report
 
 
+def survey(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    *,
+    processes: int = 1,
+    watch: Callable[[Prepared, NDArray[np.bool_] | None], None],
+) -> tuple[RowReport, NDArray[np.int64], list[str]]:
+    """What `prepare` would make of the sources: the report, the numbers of the chosen sequences, and what stops it.
+
+    No sequence is kept. `watch` is called with each chunk and with which of its sequences are kept, None for all.
+    What `prepare` raises of the rows as a whole is returned as text. Raises what `prepare` raises of one row.
+    """
+    preparation = _Preparation(as_sources(data), tokenizer, plan, processes, None)
+    gathered = _Gathered(plan, preparation.report, False, preparation.name)
+    for prepared in preparation.prepared(preparation.report):
+        watch(prepared, gathered.add(prepared))
+    problems: list[str] = []
+    return preparation.report, gathered.choose(problems), problems
+
+
 class _Preparation:
     """One call of `prepare`."""
 
@@ -128,7 +149,7 @@ class _Preparation:
         try:
             gathered = _Gathered(self.plan, self.report, self.already_read, self.name)
             with SequenceFile(folder) as file:
-                for prepared in self._prepared(self.report):
+                for prepared in self.prepared(self.report):
                     file.write(prepared, gathered.add(prepared))
             np.save(folder / CHOSEN, gathered.choose())
             if cache_dir is not None and key is not None:
@@ -159,11 +180,11 @@ class _Preparation:
         report = RowReport() if self.report.read else self.report
         gathered = _Gathered(self.plan, report, self.already_read, self.name)
         if not self.plan.chooses:
-            for prepared in self._prepared(report):
+            for prepared in self.prepared(report):
                 yield from _rows_of(prepared, gathered.add(prepared))
             gathered.choose()
             return
-        for prepared in self._prepared(report):
+        for prepared in self.prepared(report):
             gathered.add(prepared)
         chosen = gathered.choose()
         order = (0, 1) if self.plan.mixture.mixture == "sequential" else (None,)
@@ -179,7 +200,7 @@ class _Preparation:
         wanted = np.zeros(int(chosen.max()) + 1, dtype=bool)
         wanted[chosen] = True
         number = 0
-        for prepared in self._prepared(report):
+        for prepared in self.prepared(report):
             kept = again.add(prepared)
             modes = np.frombuffer(prepared.mode, dtype=np.int8)
             present = np.ones(len(modes), dtype=bool) if kept is None else kept
@@ -189,7 +210,7 @@ class _Preparation:
             inside[inside] = wanted[numbers[inside]]
             yield from _rows_of(prepared, inside if mode is None else inside & (modes == mode))
 
-    def _prepared(self, report: RowReport) -> Iterator[Prepared]:
+    def prepared(self, report: RowReport) -> Iterator[Prepared]:
         """The sequences of every chunk, in order, whichever process made them."""
         chunks = _chunks(self.sources, self.plan.records, report)
         if self.processes == 1:
@@ -314,23 +335,31 @@ class _Gathered:
         self.report.kept -= 1
         return False
 
-    def choose(self) -> NDArray[np.int64]:
+    def choose(self, problems: list[str] | None = None) -> NDArray[np.int64]:
         """The sequences that are trained on, in order, when all rows are counted; completes the report.
 
-        Raises ValueError if nothing is left, if a mode is missing, or if more rows were skipped than allowed.
+        Raises ValueError if nothing is left, if a mode is missing, or if more rows were skipped than allowed; with
+        `problems` this is added to it, and the report completed as far as it can be.
         """
         import numpy as np
 
-        check_report(self.report, self.plan.records, self.name)
+        self.report.account = self.tokens
+        with _collected(problems):
+            check_report(self.report, self.plan.records, self.name)
         columns = [np.concatenate(column) for column in zip(*self._columns, strict=True)] if self._columns else []
         if not columns or not len(columns[0]):
-            raise ValueError(f"nothing to train on.\n{self.report}")
+            if not problems:
+                with _collected(problems):
+                    raise ValueError(f"nothing to train on.\n{self.report}")
+            return np.arange(0)
         row, mode, cell, trained, draws, length = columns
         names = list(self._cells)
         sources = {source: number for number, source in enumerate(dict.fromkeys(source for source, _ in names))}
         source = np.array([sources[name] for name, _ in names], dtype=np.int32)[cell]
         table = SequenceTable(row, mode, source, trained.astype(np.int64), draws)
-        chosen = select(table, self.plan.mixture, both_modes=self.plan.reasoning.close_at is None)
+        chosen = np.arange(len(row))
+        with _collected(problems):
+            chosen = select(table, self.plan.mixture, both_modes=self.plan.reasoning.close_at is None)
         key = cell[chosen].astype(np.int64) * len(MODES) + mode[chosen]
         for number in np.unique(key):
             inside = key == number
@@ -340,8 +369,18 @@ class _Gathered:
             self.report.sequences[which.value] += sequences
             self.report.tokens[which.value] += tokens
         self.report.all_tokens += int(length[chosen].astype(np.int64).sum())
-        self.report.account = self.tokens
         return chosen
+
+
+@contextmanager
+def _collected(problems: list[str] | None) -> Iterator[None]:
+    """Let a ValueError pass, or add its first line to `problems`: the report that follows it is shown anyway."""
+    try:
+        yield
+    except ValueError as error:
+        if problems is None:
+            raise
+        problems.append(str(error).partition("\n")[0])
 
 
 def _rows_of(prepared: Prepared, keep: NDArray[np.bool_] | None) -> Iterator[dict[str, Any]]:

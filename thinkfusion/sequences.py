@@ -128,6 +128,15 @@ class SequenceMaker:
 
     def __call__(self, chunk: Chunk) -> Prepared:
         """The sequences of a chunk; a row that cannot be used has its error in its outcome."""
+        return self._packed(*self._drafts(chunk))
+
+    def conversations(self, chunk: Chunk) -> list[tuple[RowOutcome, Conversation | None]]:
+        """What became of each row of a chunk, and the conversation that is trained of it: to be looked at."""
+        outcomes, drafts = self._drafts(chunk)
+        trained = {draft.position: draft.assigned for draft in drafts}
+        return [(outcome, trained.get(position)) for position, outcome in enumerate(outcomes)]
+
+    def _drafts(self, chunk: Chunk) -> tuple[list[RowOutcome], list[_Draft]]:
         outcomes: list[RowOutcome] = []
         drafts: list[_Draft] = []
         for position, (line, raw) in enumerate(chunk.rows):
@@ -150,7 +159,7 @@ class SequenceMaker:
                 outcomes[draft.position] = _failed(outcomes[draft.position], error)
         for draft in fitting[: chunk.checked]:
             self.renderer.check_against_template(draft.assigned)
-        return self._packed(outcomes, fitting)
+        return outcomes, fitting
 
     def _draft(self, position: int, outcome: RowOutcome, chunk: Chunk) -> _Draft:
         own, plan = outcome.conversation, self.plan
