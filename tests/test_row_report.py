@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from thinkfusion import row_report
 from thinkfusion.reading import DataError, Note
 from thinkfusion.row_report import SHOWN_ERRORS, RowOutcome, RowReport, printable
 
@@ -70,7 +71,8 @@ def test_saving_without_rows_and_saving_again(report, tmp_path):
     assert [entry["line"] for entry in report.entries()] == [7, 8, 9]
 
 
-def test_rows_may_be_counted_while_the_report_is_read(report):
+def test_rows_may_be_counted_while_the_report_is_read(report, monkeypatch):
+    monkeypatch.setattr(row_report, "PORTION_BYTES", 1)
     entries = report.entries()
     assert next(entries) == ENTRY
     report.skip(skipped(9))
@@ -117,6 +119,13 @@ def test_load_takes_over_what_was_saved(report, tmp_path):
     assert list(loaded.entries()) == list(report.entries())
     loaded.skip(skipped(10))
     assert loaded.skipped["empty_answer"] == 3
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'{\n  "rows_in": 1,\n  "rows": [\n    {"line": 1}'])
+def test_loading_what_is_no_report_is_an_error(tmp_path, data):
+    (tmp_path / "rows.json").write_bytes(data)
+    with pytest.raises(ValueError, match=r"rows\.json: this is no row report, or it was cut"):
+        RowReport().load(tmp_path / "rows.json")
 
 
 def test_notes_of_a_row_are_counted_by_kind():

@@ -156,9 +156,9 @@ class RowReport:
     def load(self, path: str | Path) -> dict[str, Any]:
         """Take over what `save` wrote, and return its totals, the token account among them. Hashes are not saved."""
         with Path(path).open("rb") as file:
-            head = b"".join(iter(file.readline, ROWS.lstrip(b",\n") + b"\n"))
+            head = b"".join(_until(file, ROWS.lstrip(b",\n") + b"\n", path))
             totals: dict[str, Any] = json.loads(head.rstrip().removesuffix(b",") + b"}")
-            for line in iter(file.readline, b"  ]\n"):
+            for line in _until(file, b"  ]\n", path):
                 self._write(**json.loads(line.strip().removesuffix(b",")))
         self.read, self.kept, self.asked_for = (totals[name] for name in ("rows_in", "rows_kept", "asked_for"))
         self.errors, self.formats, self.all_tokens = (totals[name] for name in ("errors", "formats", "all_tokens"))
@@ -199,6 +199,15 @@ class RowReport:
 def _encoded(value: Any, indent: int | None = None) -> bytes:
     """JSON in UTF-8. What UTF-8 cannot hold, a lone surrogate, becomes the escape that JSON has for it."""
     return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace")
+
+
+def _until(file: BinaryIO, end: bytes, path: str | Path) -> Iterator[bytes]:
+    """The lines before the line `end`."""
+    for line in file:
+        if line == end:
+            return
+        yield line
+    raise ValueError(f"{path}: this is no row report, or it was cut.")
 
 
 def _encodable(text: str) -> str:
