@@ -214,6 +214,27 @@ def test_41_rows_that_differ_anywhere_are_no_duplicates(other):
     assert read_conversations([row(), other])[1].noted == {}
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (row(answer="4a", reasoning="b"), row(answer="4", reasoning="ab")),
+        (row(reasoning="so"), row(reasoning="so", mode="non_thinking")),
+    ],
+    ids=["parts", "modes"],
+)
+def test_41_the_same_texts_in_other_parts_or_another_mode_are_no_duplicates(one, other):
+    assert "duplicate" not in read_conversations([one, other])[1].noted
+
+
+def test_41_a_text_that_moves_from_system_to_user_makes_another_prompt():
+    def messages(system, user):
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        return {"messages": [*turns, {"role": "assistant", "content": "4"}]}
+
+    _, report = read_conversations([messages("ab", "c"), messages("a", "bc")])
+    assert len(set(report.prompt_keys)) == 2
+
+
 def test_41_reasoning_of_an_earlier_exchange_tells_rows_apart():
     def messages(reasoning):
         first = {"role": "assistant", "content": "4", "reasoning_content": reasoning}
