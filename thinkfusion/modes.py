@@ -124,7 +124,8 @@ def split_soft_switch(text: str) -> tuple[str, Mode | None]:
     A switch is the last word of the message, on a line of its own or not; without one the text is returned
     unchanged, white space included.
     """
-    found = _SOFT_SWITCH.search(text)
+    # The expression looks at every word, and a message is read several times.
+    found = _SOFT_SWITCH.search(text) if text.rstrip().endswith("think") else None
     if found is None:
         return text, None
     return text[: found.start()].rstrip(), Mode.THINKING if found[1] == "think" else Mode.NON_THINKING

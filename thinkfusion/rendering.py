@@ -59,6 +59,11 @@ class Target:
     trained: frozenset[int]
 
 
+_Joined = tuple[list[tuple[Any, bool]], str, int, bool]
+"""Pieces (bytes, or the kind and text of what is yet to be encoded; and whether trained), and the text still open."""
+_NOTHING_JOINED: _Joined = ([], "", START, False)
+
+
 class Renderer:
     """Renders conversations for one tokenizer, whose chat template `install_chat_template` made.
 
@@ -84,6 +89,7 @@ class Renderer:
         self._control_bytes = {text: token_bytes(id_) for text, id_ in tokens.items()}
         longest_first = sorted(tokens, key=len, reverse=True)
         self._split_tokens = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split
+        self._shown: tuple[Conversation, list[list[Segment]]] | None = None
         self._markup_segments: dict[tuple[str, bool], list[Segment]] = {}
 
     def targets(self, conversation: Conversation) -> list[Target]:
@@ -117,19 +123,44 @@ class Renderer:
 
     def segments(self, conversation: Conversation, target: Target) -> list[Segment]:
         """The conversation up to the target's last exchange, neighbouring pieces not yet joined."""
-        segments = self._opening(conversation)
-        ended = False
-        for index, exchange in enumerate(conversation.exchanges[: target.last + 1]):
-            segments += self._user(
-                exchange.user, after_system=self._opens_with_system(conversation, index), ended=ended
-            )
-            current, trained = index == target.last, index in target.trained
-            steps, ended = self._steps(exchange, target.mode, current=current, trained=trained)
-            segments += steps
+        return [segment for part in self.parts(conversation, target) for segment in part]
+
+    def parts(self, conversation: Conversation, target: Target) -> list[list[Segment]]:
+        """The same in parts. Targets of one conversation share those of their history, as objects.
+
+        A conversation of n turns has n thinking sequences, each with the history of the one before; what they share is
+        made, and encoded, once.
+        """
+        last = conversation.exchanges[target.last]
+        if len(target.trained) == 1:
+            steps, ended = self._steps(last, target.mode, current=True, trained=True)
+            parts = [*self._history_parts(conversation, target.last), steps]
+        else:
+            parts, ended = [self._opening(conversation)], False
+            for index, exchange in enumerate(conversation.exchanges[: target.last + 1]):
+                parts.append(self._user_of(conversation, index, ended=ended))
+                current, trained = exchange is last, index in target.trained
+                steps, ended = self._steps(exchange, target.mode, current=current, trained=trained)
+                parts.append(steps)
         if ended:
             # The header of the next turn is what ends this one, and none follows.
-            segments += self._markup(self._dialect.answer_end, True)
-        return segments
+            parts.append(self._markup(self._dialect.answer_end, True))
+        return parts
+
+    def _history_parts(self, conversation: Conversation, last: int) -> list[list[Segment]]:
+        """What stands before the answer of the exchange `last`: its user's turn, and all before as history."""
+        if self._shown is None or self._shown[0] is not conversation:
+            self._shown = conversation, [[*self._opening(conversation), *self._user_of(conversation, 0)]]
+        parts = self._shown[1]
+        for index in range(len(parts), last + 1):
+            before = conversation.exchanges[index - 1]
+            history = self._steps(before, Mode.NON_THINKING, current=False, trained=False)[0]
+            parts.append([*history, *self._user_of(conversation, index)])
+        return parts[: last + 1]
+
+    def _user_of(self, conversation: Conversation, index: int, *, ended: bool = False) -> list[Segment]:
+        after_system = self._opens_with_system(conversation, index)
+        return self._user(conversation.exchanges[index].user, after_system=after_system, ended=ended)
 
     def prompt_segments(self, conversation: Conversation, mode: Mode, pending: Sequence[Message]) -> list[Segment]:
         """The generation prompt of `mode` after `conversation` and the `pending` messages, that begin with a user."""
@@ -293,49 +324,61 @@ class Renderer:
         segments = self._markup_segments[text, trained]
         return [segments[0]._replace(trained=True), *segments[1:]] if ended else segments
 
-    def encode(self, rendered: Sequence[Iterable[Segment]]) -> list[tuple[list[int], list[bool]]]:
+    def encode(self, rendered: Sequence[list[Segment]]) -> list[tuple[list[int], list[bool]]]:
         """Ids and trained flags of each list of segments; all text is tokenised in one batch."""
         results = []
-        for pieces in self.encode_pieces(rendered):
+        for pieces in self.encode_parts([[segments] for segments in rendered]):
             ids = memoryview(b"".join([piece for piece, _ in pieces])).cast("i").tolist()
             flags = [flag for piece, trained in pieces for flag in (trained,) * (len(piece) // TOKEN_BYTES)]
             results.append((ids, flags))
         return results
 
-    def encode_pieces(self, rendered: Sequence[Iterable[Segment]]) -> list[list[tuple[bytes, bool]]]:
-        """For each list of segments its pieces, in order: their ids, as bytes of 32-bit integers, and whether trained.
+    def encode_parts(self, rendered: Sequence[Sequence[list[Segment]]]) -> list[list[tuple[bytes, bool]]]:
+        """For each list of parts its pieces, in order: their ids, as bytes of 32-bit integers, and whether trained.
 
         Neighbouring text of one kind is joined, as a template joins it before it is tokenised; it is split where the
         loss begins, because there inference splits prompt and reply. Markup that the tokenizer does not know as a
         token is text.
         """
-        control, wanted = self._control_bytes, self._encoder.kinds()
-        joined: list[list[tuple[bytes | tuple[int, str], bool]]] = []
-        for segments in rendered:
-            pieces: list[tuple[bytes | tuple[int, str], bool]] = []
-            text, kind, kept = "", START, False
-            for part, is_control, trained in segments:
-                if is_control and part in control:
-                    if text:
-                        pieces.append(((kind, text), kept))
-                        wanted[kind][text] = b""
-                    pieces.append((control[part], trained))
-                    text, kind = "", AFTER_CONTROL
-                elif trained != kept and text:
-                    pieces.append(((kind, text), kept))
-                    wanted[kind][text] = b""
-                    text, kind, kept = part, AFTER_TEXT, trained
-                else:
-                    text, kept = text + part, trained
+        wanted = self._encoder.kinds()
+        begun: dict[tuple[int, int], _Joined] = {}
+        joined = []
+        for parts in rendered:
+            state = _NOTHING_JOINED
+            for part in parts[:-1]:
+                key = (id(state), id(part))
+                if key not in begun:
+                    begun[key] = self._join(state, part, wanted)
+                state = begun[key]
+            pieces, text, kind, trained = self._join(state, parts[-1], wanted)
             if text:
-                pieces.append(((kind, text), kept))
+                pieces.append(((kind, text), trained))
                 wanted[kind][text] = b""
             joined.append(pieces)
         self._encoder.fill(wanted)
         return [
-            [(piece if isinstance(piece, bytes) else wanted[piece[0]][piece[1]], trained) for piece, trained in pieces]
+            [(piece if piece.__class__ is bytes else wanted[piece[0]][piece[1]], trained) for piece, trained in pieces]
             for pieces in joined
         ]
+
+    def _join(self, state: _Joined, part: list[Segment], wanted: Sequence[dict[str, bytes]]) -> _Joined:
+        """What was joined so far, and one more part of it; the text that is still open ends with the part after."""
+        control = self._control_bytes
+        pieces, text, kind, kept = list(state[0]), *state[1:]
+        for given, is_control, trained in part:
+            if is_control and given in control:
+                if text:
+                    pieces.append(((kind, text), kept))
+                    wanted[kind][text] = b""
+                pieces.append((control[given], trained))
+                text, kind = "", AFTER_CONTROL
+            elif text and trained != kept:
+                pieces.append(((kind, text), kept))
+                wanted[kind][text] = b""
+                text, kind, kept = given, AFTER_TEXT, trained
+            else:
+                text, kept = text + given, trained
+        return pieces, text, kind, kept
 
     def token_ends(self, text: str) -> list[int]:
         """For each token of `text`, alone and as ordinary text, the character at which it ends."""
@@ -448,9 +491,8 @@ def trained_counts(rendered: Iterable[Rendered]) -> dict[Mode, int]:
 
 def steps_without_reasoning(conversation: Conversation) -> int:
     """Assistant steps of thinking exchanges that came without reasoning and are therefore context only."""
-    return sum(
-        step.role == "assistant" and step.reasoning is None
-        for exchange in conversation.exchanges
-        if Mode.THINKING in exchange.modes and exchange.has_reasoning
-        for step in exchange.steps
-    )
+    missing = 0
+    for exchange in conversation.exchanges:
+        if Mode.THINKING in exchange.modes and len(exchange.steps) > 1 and exchange.has_reasoning:
+            missing += sum(step.role == "assistant" and step.reasoning is None for step in exchange.steps)
+    return missing

@@ -98,6 +98,18 @@ class Prepared(NamedTuple):
 Pieces = list[tuple[bytes, bool]]
 
 
+class _Sequence(NamedTuple):
+    """A sequence as it will be stored; labels are made of the same bytes as ids: no token is ever a Python object."""
+
+    ids: bytes
+    labels: bytes
+    trained: int
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) // TOKEN_BYTES
+
+
 @dataclass
 class _Draft:
     """A row on its way: the conversation as it came and with its modes, and its sequences."""
@@ -108,13 +120,13 @@ class _Draft:
     copies: int
     targets: list[Target] = field(default_factory=list)
     only_counted: list[Target] = field(default_factory=list)
-    sequences: list[Pieces] = field(default_factory=list)
+    sequences: list[_Sequence] = field(default_factory=list)
     own_tokens: tuple[int, int] = (0, 0)
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        return [sum(len(ids) for ids, _ in pieces) // TOKEN_BYTES for pieces in self.sequences]
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max((sequence.length for sequence in self.sequences), default=0)
 
 
 class SequenceMaker:
@@ -184,44 +196,42 @@ class SequenceMaker:
         return draft
 
     def _render(self, drafts: Sequence[_Draft]) -> None:
-        segments = [
-            self.renderer.segments(conversation, target)
+        parts = [
+            self.renderer.parts(conversation, target)
             for draft in drafts
             for conversation, targets in ((draft.assigned, draft.targets), (draft.own, draft.only_counted))
             for target in targets
         ]
-        pieces = iter(self.renderer.encode_pieces(segments))
+        pieces = iter(self.renderer.encode_parts(parts))
         for draft in drafts:
-            draft.sequences = [_trimmed(next(pieces)) for _ in draft.targets]
-            counted = [(target.mode, _trained(next(pieces))) for target in draft.only_counted]
+            draft.sequences = [_joined(next(pieces)) for _ in draft.targets]
+            counted = {target: _joined(next(pieces)).trained for target in draft.only_counted}
             draft.own_tokens = self._own_tokens(draft, counted)
 
-    def _own_tokens(self, draft: _Draft, counted: list[tuple[Mode, int]]) -> tuple[int, int]:
+    def _own_tokens(self, draft: _Draft, counted: dict[Target, int]) -> tuple[int, int]:
         """Trained tokens by mode if every exchange were trained in its own mode: what the row brings along."""
-        if not draft.only_counted:
-            own = {mode for exchange in draft.own.exchanges for mode in exchange.modes}
-            counted = [
-                (target.mode, _trained(pieces))
-                for target, pieces in zip(draft.targets, draft.sequences, strict=True)
-                if target.mode in own
-            ]
+        made = zip(draft.targets, draft.sequences, strict=True)
+        if draft.only_counted:
+            own = {target: sequence.trained for target, sequence in made} | counted
+            targets = self.renderer.targets(draft.own)
         else:
-            targets = set(self.renderer.targets(draft.own)) - set(draft.only_counted)
-            counted = counted + [
-                (target.mode, _trained(pieces))
-                for target, pieces in zip(draft.targets, draft.sequences, strict=True)
-                if target in targets
-            ]
-        thinking, non_thinking = (sum(tokens for each, tokens in counted if each is mode) for mode in MODES)
+            modes = {mode for exchange in draft.own.exchanges for mode in exchange.modes}
+            own = {target: sequence.trained for target, sequence in made if target.mode in modes}
+            targets = list(own)
+        totals = dict.fromkeys(MODES, 0)
+        for target in targets:
+            totals[target.mode] += own[target]
+        thinking, non_thinking = totals.values()
         return thinking, non_thinking
 
     def _fitted(self, draft: _Draft, notes: list[Note]) -> _Draft:
         """The draft, its reasoning shortened if it must be and may be. Raises DataError `too_long`."""
-        longest, limit = max(draft.lengths, default=0), self.plan.max_length
-        if limit is None or longest <= limit:
+        limit = self.plan.max_length
+        if limit is None or draft.longest <= limit:
             return draft
+        longest = draft.longest
         if self.plan.on_long_row == "shorten_reasoning" and self._shorten(draft, limit):
-            detail = f"from {longest:,} to {max(draft.lengths):,} tokens"
+            detail = f"from {longest:,} to {draft.longest:,} tokens"
             notes.append(Note("altered", "shortened_to_fit", detail))
             return draft
         raise DataError(
@@ -234,20 +244,20 @@ class SequenceMaker:
         """Shorten the reasoning until every sequence fits; whether that was possible."""
         for _ in range(SHORTENINGS):
             excess = {}
-            for target, length in zip(draft.targets, draft.lengths, strict=True):
-                if length > limit and target.mode is not Mode.THINKING:
+            for target, sequence in zip(draft.targets, draft.sequences, strict=True):
+                if sequence.length > limit and target.mode is not Mode.THINKING:
                     return False
-                if length > limit:
-                    excess[target.last] = length - limit
+                if sequence.length > limit:
+                    excess[target.last] = sequence.length - limit
             if not excess:
                 return True
             shorter = shorten_to_fit(draft.assigned, excess, self.renderer.token_ends)
             if shorter is None:
                 return False
             draft.assigned = shorter
-            segments = [self.renderer.segments(shorter, target) for target in draft.targets]
-            draft.sequences = [_trimmed(pieces) for pieces in self.renderer.encode_pieces(segments)]
-        return max(draft.lengths) <= limit
+            parts = [self.renderer.parts(shorter, target) for target in draft.targets]
+            draft.sequences = [_joined(pieces) for pieces in self.renderer.encode_parts(parts)]
+        return draft.longest <= limit
 
     def _packed(self, outcomes: list[RowOutcome], drafts: Sequence[_Draft]) -> Prepared:
         cells, before = [("", "")] * len(outcomes), [(0, 0)] * len(outcomes)
@@ -263,19 +273,15 @@ class SequenceMaker:
             before[draft.position] = draft.own_tokens
             if self.plan.needs_draws:
                 draws[draft.position] = draw(self.plan.mixture.seed, "select", own)
-            # Labels are made of the same bytes as ids, so that no token is ever a Python object.
-            made = [
-                (*_joined(pieces), target.mode) for target, pieces in zip(draft.targets, draft.sequences, strict=True)
-            ]
             for _ in range(draft.copies):
-                for tokens, label, learnt, mode in made:
-                    ids.append(tokens)
-                    labels.append(label)
+                for target, sequence in zip(draft.targets, draft.sequences, strict=True):
+                    ids.append(sequence.ids)
+                    labels.append(sequence.labels)
                     position.append(draft.position)
                     copy.append(number)
-                    length.append(len(tokens) // TOKEN_BYTES)
-                    trained.append(learnt)
-                    modes.append(MODES.index(mode))
+                    length.append(sequence.length)
+                    trained.append(sequence.trained)
+                    modes.append(MODES.index(target.mode))
                 number += 1
         kept = [outcome._replace(conversation=None) for outcome in outcomes]
         return Prepared(
@@ -291,23 +297,14 @@ def _failed(outcome: RowOutcome, error: DataError) -> RowOutcome:
     return outcome._replace(conversation=None, error=error)
 
 
-def _trimmed(pieces: Pieces) -> Pieces:
-    """Without what follows the last trained token: nothing there is learned from or looked at."""
-    while pieces and not pieces[-1][1]:
-        pieces.pop()
-    return pieces
-
-
-def _trained(pieces: Pieces) -> int:
-    return sum(len(ids) for ids, trained in pieces if trained) // TOKEN_BYTES
-
-
 _ignored = array("i", [IGNORED]).tobytes() * 4096
 
 
-def _joined(pieces: Pieces) -> tuple[bytes, bytes, int]:
-    """Ids and labels of a sequence, and its number of trained tokens."""
+def _joined(pieces: Pieces) -> _Sequence:
+    """The sequence of these pieces, without what follows the last trained one: nothing is learned from that."""
     global _ignored  # noqa: PLW0603 - grows to the longest piece and is never anything but one label, repeated
+    while pieces and not pieces[-1][1]:
+        pieces.pop()
     labels = []
     learnt = 0
     for ids, trained in pieces:
@@ -318,4 +315,4 @@ def _joined(pieces: Pieces) -> tuple[bytes, bytes, int]:
             while len(_ignored) < len(ids):
                 _ignored += _ignored
             labels.append(_ignored[: len(ids)])
-    return b"".join([ids for ids, _ in pieces]), b"".join(labels), learnt // TOKEN_BYTES
+    return _Sequence(b"".join([ids for ids, _ in pieces]), b"".join(labels), learnt // TOKEN_BYTES)

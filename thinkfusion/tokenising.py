@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,6 @@ LONGEST_WORD = 200
 # No control characters, no white space beyond ASCII's, no combining marks: what is left is read alike by every engine,
 # and unchanged by NFC.
 _UNCOMMON = re.compile(r"[^\t\n\r -~À-ÖØ-öø-ÿ‐-‧、-〃「-』가-힣一-鿿ぁ-ゖァ-ヺ]").search
-_ODD_SPACE = re.compile(r"[\t\r]").search
 _SPACE_INSIDE = re.compile(r"\S ")
 _KINDS = "aZ1'./ \n가"
 """One character of each kind that the expressions of pre-tokenizers tell apart."""
@@ -55,7 +54,7 @@ class TextEncoder:
         self._cut = _word_cutter(description)
         if self._cut is not None:
             self._words = _Words(description, self._cut)
-            self._runs = _Runs(self._words)
+            self._runs, self._firsts = _Runs(self._words, " "), _Runs(self._words, "")
 
     def kinds(self) -> tuple[dict[str, bytes], dict[str, bytes], dict[str, bytes]]:
         """Empty memories of texts for START, AFTER_CONTROL and AFTER_TEXT; one and the same if all are alike."""
@@ -72,19 +71,19 @@ class TextEncoder:
         tokenizer = self._at[place]
         if self._cut is None:
             return _encode_whole(tokenizer, texts)
-        words, runs, splits = self._words, self._runs, self._cut.splits_at_spaces
+        words, runs, firsts, splits = self._words, self._runs, self._firsts, self._cut.splits_at_spaces
         encoded: list[bytes] = []
         others: list[int] = []
         for index, text in enumerate(texts):
             if _UNCOMMON(text) is not None:
                 encoded.append(b"")
                 others.append(index)
-            elif splits and "  " not in text and "\n " not in text and " \n" not in text and _ODD_SPACE(text) is None:
+            elif splits and "  " not in text and "\n " not in text and " \n" not in text and not _odd_space(text):
                 first, *rest = text.split(" ")
-                encoded.append(words.of(first) + b"".join(map(runs.__getitem__, rest)))
+                encoded.append(firsts[first] + b"".join(map(runs.__getitem__, rest)))
             else:
                 encoded.append(words.of(text))
-        for memory in (words, runs):
+        for memory in (words, runs, firsts):
             if len(memory) > MAX_WORDS:
                 memory.clear()
         for index, ids in zip(others, _encode_whole(tokenizer, [texts[index] for index in others]), strict=True):
@@ -94,6 +93,10 @@ class TextEncoder:
     def token_ends(self, text: str) -> list[int]:
         """For each token of `text`, the character at which it ends."""
         return [end for _, end in self._whole.encode(text, add_special_tokens=False).offsets]
+
+
+def _odd_space(text: str) -> bool:
+    return "\t" in text or "\r" in text
 
 
 def token_bytes(token: int) -> bytes:
@@ -111,20 +114,24 @@ class _Cutter:
         self._last = regex.compile(patterns[-1])
         if any(pattern.groups != 1 for pattern in self._splitting):
             raise regex.error("an expression with groups of its own")
-        self.splits_at_spaces = not any(
-            _SPACE_INSIDE.search(word) for text in map("".join, product(_KINDS, repeat=4)) for word in self(text)
-        )
+        samples = [(text, self._isolated(text)) for text in map("".join, product(_KINDS, repeat=4))]
+        self.splits_at_spaces = not any(_SPACE_INSIDE.search(word) for _, words in samples for word in words)
         """Whether no word holds a space behind another character, so that words never reach over a single space."""
+        # Where one expression matches every character, finding its matches is all there is to do.
+        if len(patterns) == 1 and all(self._last.findall(text) == words for text, words in samples):
+            self._matches: Callable[[str], list[str]] = self._last.findall
+        else:
+            self._matches = self._isolated
 
     def __call__(self, text: str) -> list[str]:
         """The words of `text`; what an expression does not match stands between its matches, and is a word too."""
+        return self._matches(text)
+
+    def _isolated(self, text: str) -> list[str]:
         pieces = [text]
-        for pattern in self._splitting[:-1]:
+        for pattern in self._splitting:
             pieces = [part for piece in pieces for part in pattern.split(piece) if part]
-        words = [word for piece in pieces for word in self._last.findall(piece)]
-        if sum(map(len, words)) != len(text):
-            words = [part for piece in pieces for part in self._splitting[-1].split(piece) if part]
-        return words
+        return pieces
 
 
 class _Words(dict[str, bytes]):
@@ -148,14 +155,14 @@ class _Words(dict[str, bytes]):
 
 
 class _Runs(dict[str, bytes]):
-    """The ids of what stands between two spaces, with the space before it: a word and its punctuation, as a rule."""
+    """The ids of what stands between two spaces, with what is before it: a word and its punctuation, as a rule."""
 
-    def __init__(self, words: _Words) -> None:
+    def __init__(self, words: _Words, before: str) -> None:
         super().__init__()
-        self._words = words
+        self._words, self._before = words, before
 
     def __missing__(self, run: str) -> bytes:
-        ids = self._words.of(f" {run}")
+        ids = self._words.of(self._before + run)
         if len(run) <= LONGEST_WORD:
             self[run] = ids
         return ids
