@@ -53,15 +53,14 @@ def stretches(trained: list[bool]) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def as_written(tokenizer, ids: list[int]) -> str:
+def as_written(tokenizer, ids: list[int], start: int, end: int) -> str:
     """Decoded; SentencePiece's mark of a beginning, which stands after every control token, is no space."""
-    text = tokenizer.decode(ids)
-    if tokenizer.backend_tokenizer.normalizer is not None and "Prepend" in str(tokenizer.backend_tokenizer.normalizer):
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        control = tokenizer.get_added_vocab()
-        marked = [p[1:] if p[0] == "▁" and (i == 0 or pieces[i - 1] in control) else p for i, p in enumerate(pieces)]
-        text = tokenizer.backend_tokenizer.decoder.decode(marked)
-    return text
+    core = tokenizer.backend_tokenizer
+    if "Prepend" not in str(core.normalizer):
+        return tokenizer.decode(ids[start:end])
+    control, pieces = tokenizer.get_added_vocab(), tokenizer.convert_ids_to_tokens(ids)
+    begins = [index for index in range(start, end) if pieces[index - 1] in control and pieces[index][0] == "▁"]
+    return core.decoder.decode([pieces[i].removeprefix("▁") if i in begins else pieces[i] for i in range(start, end)])
 
 
 @pytest.mark.parametrize("language", TEXTS)
@@ -100,7 +99,7 @@ def test_contract(name, scheme, mode, language):
             message = messages[step]
             stop = dialect.call_end if message.get("tool_calls") else dialect.answer_end
             assert tokenizer.convert_ids_to_tokens(ids[end - 1]) == stop
-            written = as_written(tokenizer, ids[start : end - 1])
+            written = as_written(tokenizer, ids, start, end - 1)
             closing = "".join(pieces.thinking_end)
             if dialect.calls.own_message and message.get("tool_calls") and not message["content"]:
                 closing = dialect.calls.opening
@@ -161,7 +160,7 @@ def test_control_strings_in_texts_are_ordinary_text(name, scheme):
         pieces = installed_template(tokenizer).scheme
         opening, closing = "".join(pieces.thinking_start), "".join(pieces.thinking_end)
         before = f"{opening}{reasoning}{closing}" if mode is Mode.THINKING else ""
-        assert as_written(tokenizer, ids[start : end - 1]) == before + answer
+        assert as_written(tokenizer, ids, start, end - 1) == before + answer
 
     control_ids_do_not_depend_on_texts()
 
