@@ -364,10 +364,7 @@ GPT_OSS = Dialect(
     think_tags=(),
     added_tokens=(),
     known_by_tokens=("<|channel|>", "<|return|>"),
-    opening=(
-        "<|start|>system<|message|># Valid channels: analysis, commentary, final. "
-        "Channel must be included for every message.<|end|>"
-    ),
+    opening=("<|start|>system<|message|># Valid channels: analysis, commentary, final.<|end|>"),
     system_open="<|start|>developer<|message|># Instructions\n\n",
     system_close="\n\n<|end|>",
     user_open="<|start|>user<|message|>",
