@@ -43,10 +43,8 @@ def with_tools(system: bool, tools: bool) -> bool:
 
 
 def tools_text(name: str) -> str:
-    dialect = DIALECTS[name]
-    return (
-        dialect.tools_before + dialect.signature_open + json.dumps(TOOLS[0], ensure_ascii=False) + dialect.tools_after
-    )
+    dialect, signature = DIALECTS[name], json.dumps(TOOLS[0], ensure_ascii=False)
+    return dialect.tools_before + dialect.signature_open + signature + dialect.tools_after
 
 
 OWN_WORDS = "how tools are announced is said in words of our own, around the same signatures"
@@ -98,15 +96,16 @@ EDITS = {
         Edit(
             r"# Tools\n\n.*?// namespace functions",
             tools_text("gpt_oss"),
-            OWN_WORDS + ", not as TypeScript",
+            f"{OWN_WORDS}, not TypeScript",
             with_tools,
         ),
         Edit(
+            r"(<\|channel\|>analysis<\|message\|>[^<]*<\|end\|><\|start\|>assistant)?"
             r" to=functions\.add<\|channel\|>commentary json<\|message\|>",
             "<|channel|>final<|message|>{answer}<|end|><|start|>assistant"
             "<|channel|>commentary to=functions.add <|constrain|>json<|message|>",
-            "a prompt without thinking has opened the final channel; the recipient stands in the channel, so that the "
-            "header is the same in all prompts. The original leaves the text before a call out",
+            "a prompt without thinking has opened the final channel, and text before a call stands in it (the original "
+            "shows it as analysis, or not at all); the recipient stands in the channel, so that all headers are alike",
             with_tools,
         ),
         Edit(
@@ -171,4 +170,5 @@ def test_the_original_differs_only_where_said(original, language, prompt):
 
 
 def as_replacement(text: str) -> str | Callable[[re.Match], str]:
-    return text if text.startswith(r"<|message|>\1") else lambda _: text
+    """Only an edit that keeps a part of the original is a pattern; any other text is taken as it is."""
+    return text if r"\1" in text else lambda _: text
