@@ -7,8 +7,11 @@ from jinja2 import TemplateError
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from tests.families import EOS, bare_tokenizer, family_tokenizer
 from thinkfusion import Mode, chat_template, install_chat_template
+from thinkfusion.chat_templates import installed_template, recognise_dialect
 from thinkfusion.checkpointing import tiny_base_path
+from thinkfusion.dialects import DIALECTS
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 ASK = [{"role": "user", "content": "Hi"}]
@@ -194,3 +197,105 @@ def test_the_embedded_base_knows_no_control_token():
     tokenizer = AutoTokenizer.from_pretrained(tiny_base_path())
     assert tokenizer.chat_template is None
     assert set(tokenizer.get_added_vocab()) == {"<|endoftext|>"}
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+def test_a_checkpoint_is_given_its_own_familys_markup(name, tiny_models):
+    tokenizer = bare_tokenizer(name)
+    known = set(tokenizer.get_vocab())
+    model = tiny_models()
+    model.config.model_type = {"mixtral": "mixtral", "olmoe": "olmoe"}.get(name, "qwen3_moe")
+    added = install_chat_template(tokenizer, model)
+    dialect = installed_template(tokenizer).dialect
+    assert dialect.name == name
+    # No family's tokens but its own: what is new is think tags and padding.
+    new = set(tokenizer.get_vocab()) - known
+    assert new <= {"<think>", "</think>", "<|pad|>"}
+    assert new == set(tokenizer.convert_ids_to_tokens(added))
+    assert ("<think>" in tokenizer.get_vocab()) == (name != "gpt_oss")
+    # Whatever ends a turn ends a generation, and so does what ended one before.
+    stops = tokenizer.convert_tokens_to_ids(list(dialect.stops))
+    ends = model.generation_config.eos_token_id
+    assert ends[: len(stops)] == stops
+    assert 0 in ends
+    assert len(ends) == len(set(ends))
+    assert tokenizer.convert_tokens_to_ids(EOS[name]) in ends
+    assert model.config.eos_token_id == tokenizer.eos_token_id == stops[0]
+    assert tokenizer.pad_token_id not in stops
+    # Again, and after saving, it is the same.
+    assert install_chat_template(tokenizer, model) == []
+    assert installed_template(tokenizer).dialect == dialect
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ bos_token }}{% for m in messages %} [INST] {{ m.content }} [/INST]{% endfor %}", "mixtral"),
+        ("{{ '<|user|>\n' + m.content }}{{ '<|assistant|>\n' + m.content + eos_token }}", "olmoe"),
+        ("{{ '<|user|>\\n' + m.content }}{{ '<|assistant|>\\n' + m.content + eos_token }}", "olmoe"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "chatml"),
+    ],
+)
+def test_a_template_tells_a_family_whose_markup_is_text(base_tokenizer, template, name):
+    base_tokenizer.chat_template = template
+    assert recognise_dialect(base_tokenizer).name == name
+    # Tokens come first: a checkpoint that was given ChatML's is a ChatML one.
+    base_tokenizer.add_tokens(["<|im_start|>"])
+    assert recognise_dialect(base_tokenizer).name == "chatml"
+
+
+def test_a_named_dialect_wins_and_adds_no_foreign_tokens(base_tokenizer):
+    before = base_tokenizer.get_vocab()
+    with pytest.raises(ValueError, match=r"does not know \[?<\|start_of_role\|>.* which the dialect granite needs"):
+        install_chat_template(base_tokenizer, dialect="granite")
+    with pytest.raises(ValueError, match="unknown dialect 'llama'; choose one of gpt_oss, minimax_m2"):
+        install_chat_template(base_tokenizer, dialect="llama")
+    assert base_tokenizer.get_vocab() == before
+    assert base_tokenizer.chat_template is None
+    install_chat_template(base_tokenizer, dialect="mixtral")
+    assert prompt(base_tokenizer, enable_thinking=True) == " [INST] Hi [/INST]<think>"
+    assert base_tokenizer.eos_token == "<|endoftext|>"
+    base_tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="ends a turn with the tokenizer's own end token, and this tokenizer has none"):
+        install_chat_template(base_tokenizer, dialect="olmoe")
+
+
+def test_a_scheme_that_a_family_does_not_have_is_refused():
+    tokenizer = bare_tokenizer("gpt_oss")
+    with pytest.raises(ValueError, match=r"scheme 'empty-block': the dialect gpt_oss has none.* use 'control'"):
+        install_chat_template(tokenizer, scheme="empty-block")
+    assert tokenizer.chat_template is None
+
+
+PREFIXES = {
+    ("chatml", "control"): ("<|im_start|>assistant\n<think>", "<|im_start|>assistant\n</think>"),
+    ("chatml", "empty-block"): ("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    ("deepseek_v3", "control"): ("<｜Assistant｜><think>", "<｜Assistant｜></think>"),
+    ("glm4_moe", "control"): ("<|assistant|>\n<think>", "<|assistant|>\n</think>"),
+    ("glm4_moe", "empty-block"): ("<|assistant|>", "<|assistant|>\n<think></think>\n"),
+    ("gpt_oss", "control"): (
+        "<|start|>assistant<|channel|>analysis<|message|>",
+        "<|start|>assistant<|channel|>final<|message|>",
+    ),
+    ("mixtral", "control"): (" [/INST]<think>", " [/INST]</think>"),
+    ("ernie4_5", "control"): ("Assistant: <think>", "Assistant: </think>"),
+}
+
+
+@pytest.mark.parametrize(("name", "scheme"), PREFIXES)
+def test_what_prompts_end_in(name, scheme):
+    tokenizer = family_tokenizer(name, scheme)
+    for switch, ending in zip((True, False), PREFIXES[name, scheme], strict=True):
+        assert prompt(tokenizer, enable_thinking=switch).endswith(ending)
+
+
+HISTORY_ENDS = {"gpt_oss": ("<|end|>", "<|return|>"), "ernie4_5": ("<|end_of_sentence|>", "</s>")}
+
+
+@pytest.mark.parametrize("name", HISTORY_ENDS)
+def test_an_answer_ends_otherwise_as_history(name):
+    tokenizer = family_tokenizer(name)
+    shown, written = HISTORY_ENDS[name]
+    messages = [*ASK, {"role": "assistant", "content": "Yo"}]
+    assert f"Yo{shown}" in prompt(tokenizer, [*messages, *ASK])
+    assert tokenizer.apply_chat_template(messages, tokenize=False).endswith(f"Yo{written}")

@@ -8,14 +8,16 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
-from tests.families import CASES, TEXTS, TOKENS, TOOLS, family_tokenizer, make_messages
+from tests.families import CASES, TEXTS, TOKENS, TOOLS, bare_tokenizer, family_tokenizer, make_messages
 from thinkfusion import (
     Conversation,
     DataError,
     Exchange,
     Message,
     Mode,
+    install_chat_template,
     mix,
     render,
     split_reply,
@@ -184,6 +186,23 @@ def test_empty_and_very_long_turns(name, size):
         ids, trained = made.encode([made.segments(conversation, target)])[0]
         prompt = prompt_ids(made.tokenizer, messages[: 2 + 2 * index], None, mode)
         assert ids[: trained.index(True)] == prompt
+
+
+def test_runs_of_spaces_that_are_tokens_stay_tokens():
+    """As in OLMoE's tokenizer, where they are no markup but part of how text is written."""
+    tokenizer = bare_tokenizer("olmoe")
+    tokenizer.add_tokens([AddedToken(" " * size, normalized=True) for size in (8, 4, 2)])
+    install_chat_template(tokenizer, dialect="olmoe")
+    messages = [
+        {"role": "user", "content": "def f():\n    return  1"},
+        {"role": "assistant", "content": "if x:\n        y", "reasoning_content": "a  b    c"},
+    ]
+    made = Renderer(tokenizer)
+    conversation = Conversation.from_messages(messages)
+    made.check_against_template(conversation)
+    ids, _ = made.encode([made.segments(conversation, last_exchange(conversation, Mode.THINKING))])[0]
+    assert tokenizer.convert_tokens_to_ids(" " * 8) in ids
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize(("name", "scheme"), CASES)

@@ -44,14 +44,18 @@ class TextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         description = json.loads(tokenizer.backend_tokenizer.to_str())
-        description |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        # Runs of white space are tokens in some tokenizers (OLMoE's), and no markup.
+        spaces = [token for token in description["added_tokens"] if not token["content"].strip()]
+        description |= {"added_tokens": spaces, "post_processor": None, "truncation": None, "padding": None}
         self._whole = _build(description)
         scheme = _prefix_scheme(description)
         unmarked = _build(_without_prefix(description)) if scheme is not None else self._whole
         # "first" marks the text that begins a sequence, and not what follows a control token.
         self._at = (self._whole, unmarked if scheme == "first" else self._whole, unmarked)
         self._one_kind = scheme is None
-        self._cut = _word_cutter(description)
+        self._cut = None if spaces else _word_cutter(description)
+        # Without the tokens before them these have other ids.
+        self._moved = {self._whole.token_to_id(token["content"]): token["id"] for token in spaces}
         if self._cut is not None:
             self._words = _Words(description, self._cut)
             self._runs, self._firsts = _Runs(self._words, " "), _Runs(self._words, "")
@@ -69,6 +73,9 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], place: int) -> list[bytes]:
         """The ids of each text at such a place, as the bytes of 32-bit integers in the machine's order."""
         tokenizer = self._at[place]
+        if self._moved:
+            whole = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [array("i", [self._moved.get(token, token) for token in each.ids]).tobytes() for each in whole]
         if self._cut is None:
             return _encode_whole(tokenizer, texts)
         words, runs, firsts, splits = self._words, self._runs, self._firsts, self._cut.splits_at_spaces
