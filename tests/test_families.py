@@ -20,7 +20,9 @@ from thinkfusion import (
     install_chat_template,
     mix,
     render,
+    reply,
     split_reply,
+    stream_reply,
 )
 from thinkfusion.chat_templates import installed_template
 from thinkfusion.dialects import DIALECTS
@@ -322,3 +324,46 @@ def test_tool_calls_are_read_from_what_is_trained(name, scheme, mode):
         assert (parsed.get("reasoning_content") or "") == reply.reasoning
         assert (parsed.get("content") or "").strip() == message["content"]
         assert (parsed.get("tool_calls") or []) == message.get("tool_calls", [])
+
+
+def write(model, prompt_length: int, ids: list[int]) -> None:
+    """Make the model write `ids` after a prompt of that length, and the last of them for ever."""
+    forward = type(model).forward
+
+    def scripted(self, input_ids=None, **kwargs):
+        out = forward(self, input_ids=input_ids, **kwargs)
+        place = kwargs["past_key_values"].get_seq_length() - prompt_length
+        out.logits[:, -1] = -1e9
+        out.logits[:, -1, ids[min(place, len(ids) - 1)]] = 0
+        return out
+
+    model.forward = scripted.__get__(model)
+
+
+# The families whose turns end or whose calls stand in ways of their own.
+GENERATED = [case for case in CASES if case[0] in ("chatml", "deepseek_v3", "glm4_moe", "gpt_oss", "granite")]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize(("name", "scheme"), GENERATED)
+def test_what_is_trained_is_what_reply_and_stream_give(name, scheme, mode, tiny_models):
+    """A model that writes what it was trained on ends by itself, call or answer, and both ways of replying agree."""
+    made = renderer(name, scheme)
+    tokenizer = made.tokenizer
+    messages = make_messages("ko", turns=1, system=True, tools=True, parallel=False)
+    ids, trained = render_last(name, scheme, Conversation.from_messages(messages, tools=TOOLS), mode)
+    steps = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    model = tiny_models(seed=1).eval()
+    for (start, end), step in zip(stretches(trained), steps, strict=True):
+        write(model, start, [*ids[start:end], ids[start]])
+        options = {"mode": mode, "tools": TOOLS, "max_new_tokens": end - start + 5}
+        given = reply(model, tokenizer, messages[:step], **options)
+        assert given.kind == "ok"
+        assert given.reasoning == (messages[step]["reasoning_content"] if mode is Mode.THINKING else "")
+        parts = {"reasoning": "", "answer": ""}
+        for part, text in stream_reply(model, tokenizer, messages[:step], **options):
+            parts[part] += text
+        assert {part: text.strip() for part, text in parts.items()} == {
+            "reasoning": given.reasoning.strip(),
+            "answer": given.answer,
+        }
