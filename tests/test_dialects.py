@@ -299,3 +299,5 @@ def test_an_answer_ends_otherwise_as_history(name):
     messages = [*ASK, {"role": "assistant", "content": "Yo"}]
     assert f"Yo{shown}" in prompt(tokenizer, [*messages, *ASK])
     assert tokenizer.apply_chat_template(messages, tokenize=False).endswith(f"Yo{written}")
+    # A prompt shows all of it as history.
+    assert f"Yo{shown}" in prompt(tokenizer, messages)

@@ -172,3 +172,47 @@ def test_the_original_differs_only_where_said(original, language, prompt):
 def as_replacement(text: str) -> str | Callable[[re.Match], str]:
     """Only an edit that keeps a part of the original is a pattern; any other text is taken as it is."""
     return text if r"\1" in text else lambda _: text
+
+
+# TRL carries no original of these: their turns as their own templates write them, without what we put before an answer.
+# Mixtral and DeepSeek-V2 write a space before it, where the token of the mode stands with us.
+TURNS = {
+    "olmoe": (
+        "|||IP_ADDRESS|||<|system|>\nS\n<|user|>\nQ\n<|assistant|>\nA|||IP_ADDRESS|||\n<|user|>\nR\n<|assistant|>\n"
+    ),
+    "mixtral": "<s> [INST] S\n\nQ [/INST]A</s> [INST] R [/INST]",
+    "deepseek_v2": "<｜begin▁of▁sentence｜>S\n\nUser: Q\n\nAssistant:A<｜end▁of▁sentence｜>User: R\n\nAssistant:",
+    "granite": (
+        "<|start_of_role|>system<|end_of_role|>S<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>Q<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>A<|end_of_text|>\n"
+        "<|start_of_role|>user<|end_of_role|>R<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
+    ),
+    "minimax_m2": "]~!b[]~b]system\nS[e~[\n]~b]user\nQ[e~[\n]~b]ai\nA[e~[\n]~b]user\nR[e~[\n]~b]ai\n",
+    "ernie4_5": "<|begin_of_sentence|>S\nUser: Q\nAssistant: A<|end_of_sentence|>User: R\nAssistant: ",
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_turns_are_written_as_the_family_writes_them(name):
+    roles = ("system", "user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, "SQAR", strict=True)]
+    shown = family_tokenizer(name).apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
+    )
+    assert shown.replace("</think>", "") == TURNS[name]
+    assert shown.count("</think>") == 2
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+def test_tools_without_a_system_text_leave_the_first_turn_as_it_is(name):
+    tokenizer = family_tokenizer(name)
+    question = [{"role": "user", "content": "Q"}]
+    with_tools, without = (
+        tokenizer.apply_chat_template(question, tools=tools, add_generation_prompt=True, tokenize=False)
+        for tools in (TOOLS, None)
+    )
+    assert with_tools != without
+    turn = without.removeprefix(DIALECTS[name].for_tokenizer(tokenizer).opening)
+    # Mixtral's first turn has been opened by what stands before it.
+    assert with_tools.endswith(turn.removeprefix(" [INST] ") if name == "mixtral" else turn)
+    assert with_tools.count("[INST]") == (1 if name == "mixtral" else 0)
