@@ -14,6 +14,7 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,7 @@ class _Cutter:
         self._last = regex.compile(patterns[-1])
         if any(pattern.groups != 1 for pattern in self._splitting):
             raise regex.error("an expression with groups of its own")
-        samples = [(text, self._isolated(text)) for text in map("".join, product(_KINDS, repeat=4))]
+        samples = [(text, self._isolated(text)) for text in map("".join, product(_KINDS, repeat=3))]
         self.splits_at_spaces = not any(_SPACE_INSIDE.search(word) for _, words in samples for word in words)
         """Whether no word holds a space behind another character, so that words never reach over a single space."""
         # Where one expression matches every character, finding its matches is all there is to do.
@@ -217,10 +218,14 @@ def _word_cutter(description: dict[str, Any]) -> _Cutter | None:
             return None
     patterns += [_BYTE_LEVEL] if steps[-1]["use_regex"] else []
     try:
-        cut = _Cutter(patterns) if patterns else None
+        return _cutter(tuple(patterns)) if patterns else None
     except regex.error:
         return None
-    return cut
+
+
+@cache
+def _cutter(patterns: tuple[str, ...]) -> _Cutter:
+    return _Cutter(patterns)
 
 
 def _prefix_scheme(description: dict[str, Any]) -> str | None:

@@ -33,7 +33,7 @@ from thinkfusion import install_chat_template, load_checkpoint, prepare
 from thinkfusion.checkpointing import tiny_base_path
 
 COMPARED = 400
-SYLLABLES = "ka lo mi ren tas vo pel dru shan ti or em il gre fen su".split()
+SYLLABLES = ["ka", "lo", "mi", "ren", "tas", "vo", "pel", "dru", "shan", "ti", "or", "em", "il", "gre", "fen", "su"]
 
 
 def gsm8k_rows(path: Path) -> list[dict[str, Any]]:
