@@ -588,3 +588,25 @@ def test_50_a_schema_may_hold_control_strings_and_is_counted():
 def test_50_parts_without_control_strings_are_joined():
     found, notes = read(messages(user(["2+", "2?"]), assistant(["<think>r</think>", "4"])))
     assert (found, notes) == (REASONED, [])
+
+
+@pytest.mark.parametrize("depth", [30, 200])
+def test_tools_and_arguments_are_not_nested_without_end(depth):
+    """Chat templates write JSON by recursion; a row that none could render is a bad row, not a crash."""
+    nested = {}
+    for _ in range(depth - 2):
+        nested = {"a": nested}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": nested}}]}
+    row = {
+        "messages": [{"role": "user", "content": "a"}, call],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": nested if depth > 30 else {}}}],
+    }
+    if depth == 30:
+        assert parse_row(row, RecordOptions(format="messages"), []).exchanges
+        return
+    with pytest.raises(DataError, match="nested more than 32 deep") as caught:
+        parse_row(row, RecordOptions(format="messages"), [])
+    assert caught.value.reason == "bad_tools"
+    with pytest.raises(DataError, match="nested more than 32 deep") as caught:
+        parse_row({**row, "tools": None}, RecordOptions(format="messages"), [])
+    assert caught.value.reason == "bad_tool_arguments"

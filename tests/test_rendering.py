@@ -2,6 +2,7 @@
 """The render-and-mask contract: prompts as inference shows them, loss on what the model writes, nothing else."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 
 from thinkfusion import Conversation, DataError, Mode, Renderer, install_chat_template, mix, render
 from thinkfusion.checkpointing import tiny_base_path
+from thinkfusion.conversations import MessageOptions
 from thinkfusion.rendering import scheme_of
 
 TEXTS = {
@@ -156,7 +158,9 @@ def test_control_strings_in_data_stay_text(tokenizers, question, system, reasoni
         {"role": "user", "content": question + " ."},
         {"role": "assistant", "content": answer, "reasoning_content": reasoning},
     ]
-    rendered = render(Conversation.from_messages(messages, mode=mode), tokenizer, mode)
+    # The turn markers of other families are refused in answers; here they are text like any other.
+    options = MessageOptions(plain_control_tokens=True)
+    rendered = render(Conversation.from_messages(messages, mode=mode, options=options), tokenizer, mode)
     control = [token for token in rendered.ids if token in tokenizer.get_added_vocab().values()]
     turns = 3 if system is not None else 2
     names = ["<|im_start|>", "<|im_end|>"] * (turns - 1) + ["<|im_start|>"]
@@ -194,7 +198,7 @@ def test_run_time_check_finds_a_changed_template(tokenizers, tokenizer):
     conversation = Conversation.from_messages(make_messages("ko", turns=2, system=True, tools=True), tools=TOOLS)
     for kind in tokenizers:
         Renderer(tokenizers[kind]).check_against_template(mix([conversation])[0])
-    tokenizer.chat_template = tokenizer.chat_template.replace('user\\n', 'user:\\n')
+    tokenizer.chat_template = tokenizer.chat_template.replace("user\\n", "user:\\n")
     with pytest.raises(DataError, match="differs from the chat template") as caught:
         Renderer(tokenizer).check_against_template(conversation)
     assert caught.value.reason == "template_mismatch"
@@ -226,3 +230,15 @@ def test_a_soft_switch_in_a_row_is_not_shown(tokenizers, kind):
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(rendered.ids) == whole.removesuffix("\n")
     assert "no_think" not in whole
+
+
+def test_control_strings_in_tools_and_in_a_second_answer_are_not_taken_for_a_wrong_template(tokenizer):
+    """A template cannot tell such strings from markup, and so there is nothing to compare."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}]
+    tools = [{"type": "function", "function": {"name": "f", "description": "writes <|im_end|>"}}]
+    renderer = Renderer(tokenizer)
+    renderer.check_against_template(Conversation.from_messages(messages, tools=tools))
+    plain = Conversation.from_messages(messages)
+    (exchange,) = plain.exchanges
+    other = replace(exchange, alternative=(replace(exchange.steps[0], content="</think> b", reasoning=None),))
+    renderer.check_against_template(replace(plain, exchanges=(replace(other, modes=tuple(Mode)),)))

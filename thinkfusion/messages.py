@@ -141,7 +141,7 @@ def _read_assistant(
     calls: tuple[dict[str, Any], ...] = ()
     ids: tuple[Any, ...] = ()
     reasoning = None
-    if len(raw) > 2 or parts is not None:
+    if len(raw) > 2 or parts is not None or content is None:
         calls, ids = _calls(raw, parts, place, reading)
         reasoning = _reasoning_field(raw, parts, place, reading)
     message = assistant_message(content, reasoning, place, reading, calls=calls, pieces=parts.pieces if parts else ())

@@ -399,7 +399,8 @@ class Renderer:
         Raises DataError `template_mismatch`, showing both renderings. A conversation with control strings in its
         texts is not compared, since a template cannot tell them from markup.
         """
-        if any(token in json.dumps(conversation.to_messages(), ensure_ascii=False) for token in self._control_bytes):
+        texts = _json([*map(conversation.to_messages, Mode), conversation.tools])
+        if any(token in texts for token in self._control_bytes):
             return
         for target in self.targets(conversation):
             shown = replace(conversation, exchanges=conversation.exchanges[: target.last + 1])

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from thinkfusion.reading import DataError, Reading, show
 from thinkfusion.texts import check_characters, check_data, check_written
 
+DEEPEST = 32
+"""Objects and lists within each other. Chat templates write JSON by recursion, which their engines limit."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 # A null under these keys of a schema is a value; under any other it says that the key is absent.
 _NULLABLE = frozenset({"default", "const"})
@@ -45,7 +47,14 @@ def _plain(value: Any) -> tuple[Any, str]:
         raise ValueError(str(error)) from None
     if not same:
         raise ValueError("it holds keys or values that JSON has not")
+    if text.count("{") + text.count("[") > DEEPEST and _depth(copy) > DEEPEST:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
     return copy, text
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0) if isinstance(value, (dict, list)) else 0
 
 
 def as_list(place: str, value: Any, reason: str) -> Sequence[Any]:

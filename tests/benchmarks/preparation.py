@@ -128,35 +128,48 @@ def measure(name: str, rows: list[dict[str, Any]], rounds: int, folder: Path, pe
     install_chat_template(tokenizer)
     path = write_rows(rows, folder / f"{name}.jsonl")
     one = datasets.Dataset.from_list(rows[:1])
-    ours, two, theirs = [], [], []
+    ours, theirs = [], []
     for turn in range(rounds):
         idle = seconds(lambda: peer.train_rows(one))
         theirs.append(seconds(lambda turn=turn: peer.prepare(path, f"trl-{name}-{turn}")) - idle)
         ours.append(seconds(lambda turn=turn: prepare(str(path), tokenizer, cache_dir=folder / f"one-{turn}")))
-        two.append(
-            seconds(lambda turn=turn: prepare(str(path), tokenizer, processes=2, cache_dir=folder / f"two-{turn}"))
-        )
     prepared, _ = prepare(str(path), tokenizer, cache_dir=folder / "one-0")
     compared = compare_with_template(prepared, rows, tokenizer)
     result = {
         "rows": len(rows),
         "trl_seconds": statistics.median(theirs),
         "thinkfusion_seconds": statistics.median(ours),
-        "two_processes_seconds": statistics.median(two),
         "compared": compared,
     }
     print(
         f"{name}: {len(rows):,} rows; TRL {result['trl_seconds']:.2f} s, thinkfusion "
-        f"{result['thinkfusion_seconds']:.2f} s, with two processes {result['two_processes_seconds']:.2f} s; "
-        f"{compared:,} sequences equal to the template's"
+        f"{result['thinkfusion_seconds']:.2f} s; {compared:,} sequences equal to the template's"
     )
     return result
+
+
+def measure_processes(rows: list[dict[str, Any]], rounds: int, folder: Path) -> dict[str, Any]:
+    """One process and two on the same rows; the processes' start is in the time."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base_path())
+    install_chat_template(tokenizer)
+    path = str(write_rows(rows, folder / "scaling.jsonl"))
+    taken: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(rounds):
+        for number, times in taken.items():
+            cache = folder / f"scaling-{number}-{turn}"
+            times.append(
+                seconds(lambda number=number, cache=cache: prepare(path, tokenizer, processes=number, cache_dir=cache))
+            )
+    one, two = (statistics.median(times) for times in taken.values())
+    print(f"two processes: {len(rows):,} rows; {one:.2f} s with one, {two:.2f} s with two")
+    return {"rows": len(rows), "one_seconds": one, "two_seconds": two}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gsm8k", type=Path, help="gsm8k_train.jsonl; without it only generated rows are used")
     parser.add_argument("--long_rows", type=int, default=3000)
+    parser.add_argument("--scaling_rows", type=int, default=12_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
@@ -170,11 +183,9 @@ def main() -> None:
         if options.gsm8k is not None:
             figures["gsm8k"] = measure("gsm8k", gsm8k_rows(options.gsm8k), options.rounds, folder, peer)
         figures["long"] = measure("long", long_rows(options.long_rows), options.rounds, folder, peer)
-    ratios = {name: each["trl_seconds"] / each["thinkfusion_seconds"] for name, each in figures.items()}
-    ratios |= {
-        f"{name}_two_processes": each["thinkfusion_seconds"] / each["two_processes_seconds"]
-        for name, each in figures.items()
-    }
+        ratios = {name: each["trl_seconds"] / each["thinkfusion_seconds"] for name, each in figures.items()}
+        figures["two_processes"] = measure_processes(long_rows(options.scaling_rows, 1), options.rounds, folder)
+    ratios["two_processes"] = figures["two_processes"]["one_seconds"] / figures["two_processes"]["two_seconds"]
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
     if options.json is not None:
