@@ -4,13 +4,20 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from thinkfusion.conversations import DataError
+from thinkfusion.flags import add_option_flags, read_options
 from thinkfusion.modes import Mode, split_soft_switch
+from thinkfusion.sequences import ON_LONG_ROW, Plan
+from thinkfusion.sources import Source
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 
@@ -25,14 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        options.run(options)
-    except (DataError, FileNotFoundError, ValueError) as error:
+        return int(options.run(options) or 0)
+    except BrokenPipeError:
+        # Who reads our output has seen enough; what is still buffered must not raise when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (DataError, OSError, ValueError) as error:
         print(f"thinkfusion {options.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +67,43 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--mode", help="thinking or non_thinking (default: the template's)")
     chat.add_argument("--system", help="a system message")
     _generation_flags(chat, max_new_tokens=1024)
+
+    inspect = verbs.add_parser("inspect", help="see what training would learn from your rows")
+    inspect.set_defaults(run=_inspect)
+    _inspect_flags(inspect)
     return parser
+
+
+def _inspect_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="a file, a pattern in quotes, or a Hub id")
+    parser.add_argument("--model", default="tiny-base", help="whose tokenizer and markup (default: the embedded base)")
+    parser.add_argument("--scheme", help="how a prompt announces a mode: control or empty-block")
+    parser.add_argument("--dialect", help="the markup (default: the model's own)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--samples", type=_not_negative, default=3, help="how many rows are shown (default 3)")
+    shown.add_argument("--row", type=_positive, metavar="N", help="show the row of this number, skipped or not")
+    shown.add_argument("--strict", action="store_true", help="end with an error at the first bad row")
+    shown.add_argument("--json", action="store_true", help="print the totals as one JSON object, and nothing else")
+    shown.add_argument("--html", metavar="FILE", help="write a page that shows the same")
+    shown.add_argument("--report", metavar="FILE", help="write the totals and every skipped or altered row, as JSON")
+    shown.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="auto: in a terminal, without NO_COLOR"
+    )
+
+    read = parser.add_argument_group("as in training")
+    read.add_argument("--weights", type=float, nargs="+", metavar="WEIGHT", help="one for each source: 2, 0.5")
+    read.add_argument("--split", default="train", help="of a Hub id (default train)")
+    read.add_argument("--streaming", action="store_true", help="read Hub ids without downloading them first")
+    read.add_argument("--processes", type=_positive, default=1, help="how many work at once (default 1)")
+    read.add_argument("--max_length", type=_positive, help="longest sequence allowed, in tokens")
+    read.add_argument("--on_long_row", choices=ON_LONG_ROW, default="error", help="what becomes of longer ones")
+    add_option_flags(read, INSPECTED)
+
+
+INSPECTED = {"on_bad_row": "skip", "max_skipped": 1.0}
+"""Defaults of `inspect` that differ from those of training: it is there to see all that is wrong."""
 
 
 def _generation_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
@@ -74,14 +120,26 @@ def _positive(text: str) -> int:
     return value
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Any]:
-    import torch
-    from transformers.utils import logging
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
 
-    from thinkfusion.checkpointing import load_checkpoint
+
+def _quiet() -> None:
+    from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+
+    from thinkfusion.checkpointing import load_checkpoint
+
+    _quiet()
     model, tokenizer = load_checkpoint(options.checkpoint, trust_remote_code=options.trust_remote_code)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
@@ -167,6 +225,61 @@ def _say(
         answer += text if part == "answer" else ""
     print(plain)
     return answer.strip()
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    """Print what training would learn; 1 if it would learn nothing."""
+    plan, sources = _plan(options), _sources(options)
+    from thinkfusion.displaying import html_page, terminal_text
+    from thinkfusion.inspecting import inspect_sources, load_tokenizer
+
+    _quiet()
+    tokenizer = load_tokenizer(
+        options.model, scheme=options.scheme, dialect=options.dialect, trust_remote_code=options.trust_remote_code
+    )
+    inspection = inspect_sources(
+        sources, tokenizer, plan, samples=options.samples, row=options.row, processes=options.processes
+    )
+    if options.report is not None:
+        inspection.report.save(options.report)
+    if options.html is not None:
+        Path(options.html).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.html).write_text(html_page(inspection), encoding="utf-8")
+    if options.json:
+        print(json.dumps(inspection.to_dict()))
+    else:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        width = shutil.get_terminal_size((100, 24)).columns
+        print(terminal_text(inspection, colours=_colours(options.color), width=width), end="", flush=True)
+    return 0 if inspection.report.kept else 1
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """What the flags say of reading, mixing and reasoning; raises ValueError for what contradicts itself."""
+    given = {**INSPECTED, **vars(options)}
+    if options.strict:
+        given["on_bad_row"] = "error"
+    return Plan(*read_options(given), options.max_length, options.on_long_row)
+
+
+def _sources(options: argparse.Namespace) -> list[Source]:
+    weights = options.weights or [1.0] * len(options.sources)
+    if len(weights) != len(options.sources):
+        raise ValueError(
+            f"weights: found {len(weights)} for {len(options.sources)} sources, expected one for each (--weights)."
+        )
+    return [
+        Source(name, weight, options.split, options.streaming)
+        for name, weight in zip(options.sources, weights, strict=True)
+    ]
+
+
+def _colours(wanted: str) -> bool:
+    """Whether to colour: by default in a terminal, unless NO_COLOR is set (no-color.org)."""
+    if wanted != "auto":
+        return wanted == "always"
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 if __name__ == "__main__":
