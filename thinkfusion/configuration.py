@@ -87,8 +87,8 @@ class ThinkFusionConfig(SFTConfig):
         get_scheme(self.scheme)
         Mode.parse(self.default_mode)
         # Their own checks name the flags.
-        given = self.preparation(None)
-        Plan(given["records"], given["mixture"], given["reasoning"], on_long_row=self.on_long_row)
+        data = self.preparation(None)
+        Plan(data["records"], data["mixture"], data["reasoning"], on_long_row=self.on_long_row)
         unsupported = {
             "packing": self.packing,
             "padding_free": self.padding_free,

@@ -26,7 +26,7 @@ from thinkfusion.formats import RecordOptions
 from thinkfusion.mixture import MixtureOptions, SequenceTable, TokenAccount, select
 from thinkfusion.records import RowOutcome, account, check_report, open_rows
 from thinkfusion.row_report import RowReport
-from thinkfusion.sequences import MODES, Chunk, Plan, Prepared, SequenceMaker
+from thinkfusion.sequences import MODES, Chunk, Plan, Prepared, SequenceMaker, labels_of
 from thinkfusion.shortening import ReasoningOptions
 from thinkfusion.sources import Source, as_sources
 from thinkfusion.storing import CHOSEN, SequenceFile, cache_key, features, keep_cached, load_cached, load_sequences
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
 CHUNK_BYTES = 2_000_000
 CHECKED_ROWS = 8
 WAITING_CHUNKS = 3
@@ -388,7 +388,7 @@ def _rows_of(prepared: Prepared, keep: NDArray[np.bool_] | None) -> Iterator[dic
     import numpy as np
 
     ends = np.cumsum(np.frombuffer(prepared.length, dtype=np.int32), dtype=np.int64)
-    ids, labels = (np.frombuffer(data, dtype=np.int32) for data in (prepared.ids, prepared.labels))
+    ids, labels = np.frombuffer(prepared.ids, dtype=np.int32), labels_of(prepared)
     for index in range(len(ends)) if keep is None else np.flatnonzero(keep):
         span = slice(ends[index - 1] if index else 0, ends[index])
         yield {"input_ids": ids[span].tolist(), "labels": labels[span].tolist(), "mode": prepared.mode[index]}

@@ -7,6 +7,7 @@ import gc
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from thinkfusion.conversations import Conversation
@@ -20,6 +21,8 @@ from thinkfusion.shortening import ReasoningOptions, apply_reasoning_options, sh
 from thinkfusion.tokenising import TOKEN_BYTES
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 MODES = tuple(Mode)
@@ -80,7 +83,8 @@ class Prepared(NamedTuple):
     outcomes, cells, draws, before: one element a row; a cell is (source, language), `before` are trained tokens by
         mode, as the row came.
     position (of the row in the chunk), copy, mode, length, trained: one element a sequence.
-    ids, labels: 32-bit integers of all sequences.
+    ids: 32-bit integers of all sequences.
+    piece_length, piece_trained: one element a piece of the sequences, by which `labels_of` tells what is trained.
     """
 
     outcomes: list[RowOutcome]
@@ -93,17 +97,28 @@ class Prepared(NamedTuple):
     length: array[int]
     trained: array[int]
     ids: bytes
-    labels: bytes
+    piece_length: array[int]
+    piece_trained: bytes
+
+
+def labels_of(prepared: Prepared) -> NDArray[np.int32]:
+    """The labels of all sequences: the ids where trained, -100 elsewhere. They are not sent between processes."""
+    import numpy as np
+
+    flags = np.frombuffer(prepared.piece_trained, dtype=np.bool_)
+    trained = np.repeat(flags, np.frombuffer(prepared.piece_length, dtype=np.int32))
+    return np.where(trained, np.frombuffer(prepared.ids, dtype=np.int32), np.int32(IGNORED))
 
 
 Pieces = list[tuple[bytes, bool]]
 
 
 class _Sequence(NamedTuple):
-    """A sequence as it will be stored; labels are made of the same bytes as ids: no token is ever a Python object."""
+    """A sequence as it will be stored: no token of it is ever a Python object."""
 
     ids: bytes
-    labels: bytes
+    piece_length: list[int]
+    piece_trained: bytes
     trained: int
 
     @property
@@ -275,7 +290,7 @@ class SequenceMaker:
         position, copy, length, trained = array("i"), array("i"), array("i"), array("i")
         modes = bytearray()
         ids: list[bytes] = []
-        labels: list[bytes] = []
+        piece_length, piece_trained = array("i"), bytearray()
         number = 0
         for draft in drafts:
             own = draft.own
@@ -286,7 +301,8 @@ class SequenceMaker:
             for _ in range(draft.copies):
                 for target, sequence in zip(draft.targets, draft.sequences, strict=True):
                     ids.append(sequence.ids)
-                    labels.append(sequence.labels)
+                    piece_length.extend(sequence.piece_length)
+                    piece_trained += sequence.piece_trained
                     position.append(draft.position)
                     copy.append(number)
                     length.append(sequence.length)
@@ -296,7 +312,7 @@ class SequenceMaker:
         kept = [outcome._replace(conversation=None) for outcome in outcomes]
         return Prepared(
             *(kept, cells, draws, before, position, copy, bytes(modes), length, trained),
-            *(b"".join(ids), b"".join(labels)),
+            *(b"".join(ids), piece_length, bytes(piece_trained)),
         )
 
 
@@ -307,22 +323,11 @@ def _failed(outcome: RowOutcome, error: DataError) -> RowOutcome:
     return outcome._replace(conversation=None, error=error)
 
 
-_ignored = array("i", [IGNORED]).tobytes() * 4096
-
-
 def _joined(pieces: Pieces) -> _Sequence:
     """The sequence of these pieces, without what follows the last trained one: nothing is learned from that."""
-    global _ignored  # noqa: PLW0603 - grows to the longest piece and is never anything but one label, repeated
     while pieces and not pieces[-1][1]:
         pieces.pop()
-    labels = []
-    learnt = 0
-    for ids, trained in pieces:
-        if trained:
-            labels.append(ids)
-            learnt += len(ids)
-        else:
-            while len(_ignored) < len(ids):
-                _ignored += _ignored
-            labels.append(_ignored[: len(ids)])
-    return _Sequence(b"".join([ids for ids, _ in pieces]), b"".join(labels), learnt // TOKEN_BYTES)
+    lengths = [len(ids) // TOKEN_BYTES for ids, _ in pieces]
+    flags = bytes([trained for _, trained in pieces])
+    learnt = sum(compress(lengths, flags))
+    return _Sequence(b"".join([ids for ids, _ in pieces]), lengths, flags, learnt)

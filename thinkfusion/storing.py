@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from thinkfusion.mixture import TokenAccount
 from thinkfusion.row_report import RowReport
-from thinkfusion.sequences import Plan, Prepared
+from thinkfusion.sequences import Plan, Prepared, labels_of
 from thinkfusion.sources import Source
 
 if TYPE_CHECKING:
@@ -82,12 +82,12 @@ def sequence_columns(prepared: Prepared) -> dict[str, Any]:
     ends = np.cumsum(np.frombuffer(prepared.length, dtype=np.int32), dtype=np.int32)
     offsets = pyarrow.array(np.concatenate([np.zeros(1, dtype=np.int32), ends]))
 
-    def lists(data: bytes) -> Any:
-        values = pyarrow.Array.from_buffers(pyarrow.int32(), len(data) // 4, [None, pyarrow.py_buffer(data)])
+    def lists(data: Any) -> Any:
+        values = pyarrow.Array.from_buffers(pyarrow.int32(), len(prepared.ids) // 4, [None, pyarrow.py_buffer(data)])
         return pyarrow.ListArray.from_arrays(offsets, values)
 
     mode = pyarrow.array(np.frombuffer(prepared.mode, dtype=np.int8))
-    return {"input_ids": lists(prepared.ids), "labels": lists(prepared.labels), "mode": mode}
+    return {"input_ids": lists(prepared.ids), "labels": lists(labels_of(prepared)), "mode": mode}
 
 
 def load_sequences(folder: Path) -> Dataset:

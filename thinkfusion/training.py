@@ -16,11 +16,11 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTTrainer
 
+from thinkfusion.chat_templates import install_chat_template, installed_template
 from thinkfusion.checkpointing import load_checkpoint
 from thinkfusion.configuration import ThinkFusionConfig
 from thinkfusion.control_tokens import control_rows, multiply_updates, weigh_closing_token
 from thinkfusion.conversations import Conversation
-from thinkfusion.chat_templates import install_chat_template, installed_template
 from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replies, summarise, task_prompts
 from thinkfusion.generation import Sampling
 from thinkfusion.modes import Mode
