@@ -55,7 +55,7 @@ class _Terminal:
         if inspection.advice or inspection.problems:
             yield ""
         if inspection.advice:
-            yield self._styled(f"{inspection.advice}.", YELLOW)
+            yield self._styled(inspection.advice, YELLOW)
         yield from (self._styled(f"Training would stop: {_one_line(text)}", RED) for text in inspection.problems)
         if any(sample.views for sample in inspection.samples):
             yield from ("", self._legend())
@@ -69,13 +69,10 @@ class _Terminal:
         """A skipped or altered row."""
         colour = RED if entry["kind"] == "skipped" else YELLOW
         yield self._styled(f"{_place(entry['source'], entry['line'])}: {entry['kind']}, {entry['reason']}", colour)
-        for name in ("detail", "excerpt"):
-            if entry[name]:
-                yield (
-                    f"  {_one_line(_shortened(entry[name]))}"
-                    if name == "detail"
-                    else self._styled(f"  {_one_line(entry[name])}", DIM)
-                )
+        if entry["detail"]:
+            yield f"  {_one_line(''.join(_shortened(entry['detail'])))}"
+        if entry["excerpt"]:
+            yield self._styled(f"  {_one_line(entry['excerpt'])}", DIM)
 
     def _legend(self) -> str:
         token = self._styled(" control token ", INVERSE) if self.colours else f"{OPENED}control token{CLOSED}"
@@ -119,7 +116,13 @@ class _Terminal:
         if not self.colours:
             # In the data, the signs that mark a token here would feign one.
             text = text.replace(OPENED, "\\u27e6").replace(CLOSED, "\\u27e7")
-        for number, part in enumerate(self.split_lookalikes(_shortened(text))):
+        start, left_out, end = _shortened(text)
+        yield from self._text_cells(start, colour)
+        yield from ((letter, YELLOW) for letter in left_out)
+        yield from self._text_cells(end, colour)
+
+    def _text_cells(self, text: str, colour: str) -> Iterator[Cell]:
+        for number, part in enumerate(self.split_lookalikes(text)):
             style = f"{colour};{UNDERLINED}" if number % 2 else colour
             for letter in part.expandtabs(4):
                 if letter == "\n":
@@ -136,11 +139,12 @@ def _splitter(lookalikes: Iterable[str]) -> Any:
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split
 
 
-def _shortened(text: str) -> str:
-    left_out = len(text) - KEPT_START - KEPT_END
+def _shortened(text: str) -> tuple[str, str, str]:
+    """The beginning of a text, what stands for its middle, and its end."""
     if len(text) <= LONGEST_TEXT:
-        return text
-    return f"{text[:KEPT_START]} [… {left_out:,} characters left out …] {text[-KEPT_END:]}"
+        return text, "", ""
+    left_out = len(text) - KEPT_START - KEPT_END
+    return text[:KEPT_START], f" [… {left_out:,} characters left out …] ", text[-KEPT_END:]
 
 
 def _one_line(text: str) -> str:
@@ -219,7 +223,7 @@ def html_page(inspection: Inspection) -> str:
     report = inspection.report
     sources = [_text(_one_line(name)) + f" <small>{_text(kind)}</small>" for name, kind in report.formats.items()]
     warnings = [("warning", f"Training would stop: {problem}") for problem in inspection.problems]
-    warnings += [("advice", f"{inspection.advice}.")] if inspection.advice else []
+    warnings += [("advice", inspection.advice)] if inspection.advice else []
     split = _splitter(inspection.lookalikes)
     return Template(template).substitute(
         title=_text(", ".join(map(_one_line, report.formats)) or "nothing"),
