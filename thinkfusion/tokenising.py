@@ -127,13 +127,10 @@ class _Cutter:
         """Whether no word holds a space behind another character, so that words never reach over a single space."""
         # Where one expression matches every character, finding its matches is all there is to do.
         if len(patterns) == 1 and all(self._last.findall(text) == words for text, words in samples):
-            self._matches: Callable[[str], list[str]] = self._last.findall
+            self.matches: Callable[[str], list[str]] = self._last.findall
         else:
-            self._matches = self._isolated
-
-    def __call__(self, text: str) -> list[str]:
-        """The words of `text`; what an expression does not match stands between its matches, and is a word too."""
-        return self._matches(text)
+            self.matches = self._isolated
+        """The words of a text; what an expression does not match stands between its matches, and is a word too."""
 
     def _isolated(self, text: str) -> list[str]:
         pieces = [text]
@@ -147,7 +144,7 @@ class _Words(dict[str, bytes]):
 
     def __init__(self, description: dict[str, Any], cut: _Cutter) -> None:
         super().__init__()
-        self._cut = cut
+        self.cut = cut.matches
         # A word is not cut again: alone it might look different to an expression that looks ahead.
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         self._merge = _build({**description, "pre_tokenizer": byte_level})
@@ -159,7 +156,7 @@ class _Words(dict[str, bytes]):
         return ids
 
     def of(self, text: str) -> bytes:
-        return b"".join(map(self.__getitem__, self._cut(text)))
+        return b"".join(map(self.__getitem__, self.cut(text)))
 
 
 class _Runs(dict[str, bytes]):
@@ -167,10 +164,10 @@ class _Runs(dict[str, bytes]):
 
     def __init__(self, words: _Words, before: str) -> None:
         super().__init__()
-        self._words, self._before = words, before
+        self._cut, self._id_of, self._before = words.cut, words.__getitem__, before
 
     def __missing__(self, run: str) -> bytes:
-        ids = self._words.of(self._before + run)
+        ids = b"".join(map(self._id_of, self._cut(self._before + run)))
         if len(run) <= LONGEST_WORD:
             self[run] = ids
         return ids
