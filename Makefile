@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JINJA_FOR_NODE := @huggingface/jinja@0.5.11
 # make demo and make test never need a network once the packages are installed.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo test lint format base clean
+.PHONY: setup demo test engines bench lint format base clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +29,22 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+# The third engine that templates are tested in; without npm its tests are skipped, and say so.
+engines: setup
+	@if command -v npm >/dev/null; then \
+		npm install --prefix $(VENV)/node --no-save --no-audit --no-fund $(JINJA_FOR_NODE) \
+			|| echo '$(JINJA_FOR_NODE) could not be installed: its tests will be skipped.'; \
+	else \
+		echo 'npm is not here: the tests of $(JINJA_FOR_NODE) will be skipped.'; \
+	fi
+
+# make bench GSM8K=gsm8k_train.jsonl; without the file the rows are generated.
+bench: setup
+	mkdir -p runs/benchmarks
+	$(BIN)/python tests/benchmarks/preparation.py $(if $(GSM8K),--gsm8k $(GSM8K)) --json runs/benchmarks/preparation.json
+	$(BIN)/python tests/benchmarks/memory.py --json runs/benchmarks/memory.json
+	$(BIN)/python tests/benchmarks/fuzzing.py $(if $(GSM8K),--data $(GSM8K)) --json runs/benchmarks/fuzzing.json
 
 lint: setup
 	$(BIN)/ruff check .
