@@ -16,6 +16,7 @@ from typing import Any
 from thinkfusion.conversations import DataError
 from thinkfusion.flags import add_option_flags, read_options
 from thinkfusion.modes import Mode, split_soft_switch
+from thinkfusion.row_report import printable
 from thinkfusion.sequences import ON_LONG_ROW, Plan
 from thinkfusion.sources import Source
 
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (DataError, OSError, ValueError) as error:
-        print(f"thinkfusion {options.verb}: {error}", file=sys.stderr)
+        # A message may quote the data, and the name of a file may be anything.
+        print(f"thinkfusion {options.verb}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

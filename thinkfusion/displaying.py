@@ -23,6 +23,7 @@ GUTTER = 2 + max(map(len, KINDS))
 NARROWEST, WIDEST = 20, 110
 NEW_LINE, OPENED, CLOSED = "↵", "⟦", "⟧"
 PAGE_EXAMPLES = 100
+LEFT_OUT = "a good row, but the mixture leaves it out (weight, ratio or cap)."
 
 Cell = tuple[str, str]
 """A character, and the SGR codes that it is shown with."""
@@ -128,9 +129,6 @@ class _Terminal:
                 if letter == "\n":
                     yield NEW_LINE, DIM
                 yield letter, style
-
-
-LEFT_OUT = "a good row, but the mixture leaves it out (weight, ratio or cap)."
 
 
 def _splitter(lookalikes: Iterable[str]) -> Any:
