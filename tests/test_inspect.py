@@ -340,6 +340,7 @@ def test_only_what_the_mixture_keeps_is_shown(file, inspect):
     name = file(GOOD)
     _, out, _ = inspect(name, "--max_rows_per_source", "1")
     (row,) = re.findall(r"^rows.jsonl, row (\d)$", out, re.MULTILINE)
+    assert "leaves it out" not in out
     other = next(number for number in "1234" if number != row)
     _, out, _ = inspect(name, "--max_rows_per_source", "1", "--row", other)
     assert f"rows.jsonl, row {other}: a good row, but the mixture leaves it out" in out
