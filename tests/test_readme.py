@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
-from thinkfusion import export_checkpoint
-from thinkfusion.cli import _parser
+from recipes.sft import RecipeArguments
+from thinkfusion import ThinkFusionConfig, export_checkpoint
+from thinkfusion.cli import _parser, main
+from thinkfusion.dialects import DIALECTS
+from thinkfusion.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,14 +37,51 @@ def test_the_quick_start_and_the_switch_in_transformers(tmp_path, monkeypatch, c
     assert "'reasoning_content'" in shown[0]
 
 
+def test_inspect_prints_what_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    (rows,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    command, shown = re.search(
+        r"```bash\nthinkfusion (inspect rows.*?)\n```\n\n```\n(.*?)```", README, re.DOTALL
+    ).groups()
+    Path("rows.jsonl").write_text(rows, encoding="utf-8")
+    assert main(command.split()) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in printed] == [line.rstrip() for line in shown.splitlines()]
+
+
+def test_every_family_is_in_the_table():
+    for dialect in DIALECTS.values():
+        (line,) = re.findall(rf"^\| `{dialect.name}` \|.*", README, re.MULTILINE)
+        schemes = line.split(" | ")[3]
+        assert schemes == ("both" if len(dialect.schemes) == 2 else f"`{dialect.schemes[0].name}`")
+        for stop in dialect.stops:
+            assert stop == "{eos}" or f"`{stop}`" in line.replace("\\|", "|")
+
+
+def test_flags_are_those_of_the_recipe():
+    parser = HfArgumentParser((RecipeArguments, ThinkFusionConfig))
+    known = {option for action in parser._actions for option in action.option_strings}
+    own_data = README[README.index("## Your own data") : README.index("## Measure any checkpoint")]
+    inspected = {f"--{name}" for name in ("html", "row", "json", "report", "strict", "samples")}
+    launched = {"--num_processes", "--config", "--gsm8k", "--temperature"}
+    assert set(re.findall(r"--\w+", own_data)) - known <= inspected | launched
+
+
+def test_formats_and_modules_are_named():
+    assert all(f"\n| `{name}` | " in README for name in FORMATS)
+    listed = README[README.index("## Where things are") :]
+    assert set(re.findall(r"`(\w+)`", listed)) == {path.stem for path in (ROOT / "thinkfusion").glob("[!_]*.py")}
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:recipes|examples|thinkfusion)/[\w./-]+\.\w+", README))))
 def test_named_files_are_there(path):
     assert (ROOT / path).is_file()
 
 
 def test_commands_are_understood():
-    verbs = re.findall(r"thinkfusion (evaluate|chat) ([^\n#]*)", SHELL)
-    assert len(verbs) >= 4
+    verbs = re.findall(r"thinkfusion (evaluate|chat|inspect) ([^\n#]*)", SHELL)
+    assert len(verbs) >= 5
     for verb, flags in verbs:
         _parser().parse_args([verb, *flags.replace("'####'", "####").split()])
     targets = set(re.findall(r"make (\w+)", SHELL))
