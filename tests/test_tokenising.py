@@ -87,7 +87,7 @@ MAKERS = {**FAST, **WHOLE}
 @pytest.fixture(scope="module", params=MAKERS)
 def pair(request):
     tokenizer = MAKERS[request.param]()
-    return tokenizer, TextEncoder(tokenizer)
+    return tokenizer, TextEncoder.of(tokenizer)
 
 
 def ids(encoded):
@@ -101,12 +101,12 @@ def plain_ids(tokenizer, text):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_which_tokenizers_are_cut_here(name):
-    assert (TextEncoder(MAKERS[name]())._cut is not None) == (name in FAST)
+    assert (TextEncoder.of(MAKERS[name]())._cut is not None) == (name in FAST)
 
 
 def test_an_expression_whose_words_reach_over_spaces_is_known():
-    assert not TextEncoder(FAST["over spaces"]())._cut.splits_at_spaces
-    assert all(TextEncoder(FAST[name]())._cut.splits_at_spaces for name in FAST if name != "over spaces")
+    assert not TextEncoder.of(FAST["over spaces"]())._cut.splits_at_spaces
+    assert all(TextEncoder.of(FAST[name]())._cut.splits_at_spaces for name in FAST if name != "over spaces")
 
 
 COMMON = "aZéß1'./ \n\t\r가나漢かカー–“…_-{}\"\\"
@@ -138,7 +138,7 @@ def test_spaces_at_edges_and_in_rows(pair, text):
 def test_what_is_forgotten_is_learned_again(monkeypatch):
     monkeypatch.setattr("thinkfusion.tokenising.MAX_WORDS", 3)
     tokenizer = FAST["plain"]()
-    encoder = TextEncoder(tokenizer)
+    encoder = TextEncoder.of(tokenizer)
     for text in CORPUS:
         assert ids(encoder.encode([text], START)[0]) == plain_ids(tokenizer, text)
         assert len(encoder._words) + len(encoder._runs) == 0
@@ -149,7 +149,7 @@ def test_what_is_forgotten_is_learned_again(monkeypatch):
 def test_text_around_a_control_token_is_encoded_as_in_the_whole(name):
     """What follows a control token, and what begins a sequence, as the tokenizer sees it in the whole text."""
     tokenizer, parts = MAKERS[name](), ("Hello there", " it's 3.14 so", "안녕 a")
-    encoder = TextEncoder(tokenizer)
+    encoder = TextEncoder.of(tokenizer)
     whole = tokenizer("</s>".join(parts), add_special_tokens=False)["input_ids"]
     first = encoder.encode(parts[:1], START)[0]
     rest = encoder.encode(parts[1:], AFTER_CONTROL)
@@ -162,7 +162,7 @@ def test_text_around_a_control_token_is_encoded_as_in_the_whole(name):
 @pytest.mark.parametrize("name", ["Metaspace always", "Metaspace first", "Prepend", "prefix space"])
 def test_text_that_continues_text_has_no_mark_of_a_beginning(name):
     tokenizer = MAKERS[name]()
-    encoder = TextEncoder(tokenizer)
+    encoder = TextEncoder.of(tokenizer)
     assert ids(encoder.encode(["you"], START)[0]) != ids(encoder.encode(["you"], AFTER_TEXT)[0])
     assert "".join(tokenizer.convert_ids_to_tokens(ids(encoder.encode(["you"], AFTER_TEXT)[0]))) == "you"
 
@@ -170,13 +170,13 @@ def test_text_that_continues_text_has_no_mark_of_a_beginning(name):
 def test_token_ends_are_characters():
     tokenizer = FAST["plain"]()
     text = "안녕하세요. It's 3.14"
-    ends = TextEncoder(tokenizer).token_ends(text)
+    ends = TextEncoder.of(tokenizer).token_ends(text)
     assert len(ends) == len(plain_ids(tokenizer, text))
     assert ends[-1] == len(text)
     assert ends == sorted(ends)
 
 
 def test_control_strings_are_text(tokenizer):
-    encoded = ids(TextEncoder(tokenizer).encode(["a</think>b<|im_end|>"], START)[0])
+    encoded = ids(TextEncoder.of(tokenizer).encode(["a</think>b<|im_end|>"], START)[0])
     assert tokenizer.convert_tokens_to_ids("</think>") not in encoded
     assert tokenizer.decode(encoded) == "a</think>b<|im_end|>"

@@ -82,7 +82,7 @@ class Renderer:
         self.template: InstalledTemplate = template
         self.scheme: Scheme = template.scheme
         self._dialect = template.dialect
-        self._encoder = TextEncoder(tokenizer)
+        self._encoder = TextEncoder.of(tokenizer)
         # A server finds every token that the tokenizer knows in the markup of a template, and so do we; white space
         # is left to the text around it.
         tokens = {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if text.strip()}

@@ -14,7 +14,7 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ TOKEN_BYTES = 4
 START, AFTER_CONTROL, AFTER_TEXT = range(3)
 MAX_WORDS = 400_000
 LONGEST_WORD = 200
+REMEMBERED = 4
+"""Tokenizers whose words are remembered: training, evaluation and replies of one run share them."""
 # No control characters, no white space beyond ASCII's, no combining marks: what is left is read alike by every engine,
 # and unchanged by NFC.
 _UNCOMMON = re.compile(r"[^\t\n\r -~À-ÖØ-öø-ÿ‐-‧、-〃「-』가-힣一-鿿ぁ-ゖァ-ヺ]").search
@@ -43,11 +45,17 @@ class TextEncoder:
     START of a sequence, AFTER_CONTROL tokens, or AFTER_TEXT, which it continues.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
+        """The encoder of a tokenizer; one that was asked for before comes with all that it remembers."""
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         # Runs of white space are tokens in some tokenizers (OLMoE's), and no markup.
         spaces = [token for token in description["added_tokens"] if not token["content"].strip()]
         description |= {"added_tokens": spaces, "post_processor": None, "truncation": None, "padding": None}
+        return _remembered(json.dumps(description))
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        spaces = description["added_tokens"]
         self._whole = _build(description)
         scheme = _prefix_scheme(description)
         unmarked = _build(_without_prefix(description)) if scheme is not None else self._whole
@@ -137,6 +145,11 @@ class _Cutter:
         for pattern in self._splitting:
             pieces = [part for piece in pieces for part in pattern.split(piece) if part]
         return pieces
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _remembered(description: str) -> TextEncoder:
+    return TextEncoder(json.loads(description))
 
 
 class _Words(dict[str, bytes]):
