@@ -17,7 +17,17 @@ ORDER = [
     *("modes", "tasks", "reading", "texts", "tool_calls", "messages", "conversations", "formats", "sources"),
     *("row_report", "records", "mixture", "shortening", "dialects", "chat_templates", "tokenising", "rendering"),
     *("sequences", "storing", "preparing", "packing", "moe", "generation", "evaluation", "reporting"),
-    *("checkpointing", "launching", "control_tokens", "configuration", "training", "inspecting", "cli"),
+    *(
+        "checkpointing",
+        "launching",
+        "control_tokens",
+        "configuration",
+        "training",
+        "inspecting",
+        "displaying",
+        "flags",
+        "cli",
+    ),
 ]
 
 
