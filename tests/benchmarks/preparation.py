@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, help="gsm8k_train.jsonl; without it only generated rows are used")
     parser.add_argument("--long_rows", type=int, default=3000)
     parser.add_argument("--scaling_rows", type=int, default=12_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     torch.set_num_threads(1)
