@@ -46,6 +46,7 @@ from thinkfusion import (
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 EMBEDDED = "tasks"
+ON_OVERLAP = ("warn", "error", "drop")
 # Decides which embedded problems are used to train; those of the evaluation never are, by their split.
 TASK_SEED = 1
 
@@ -86,7 +87,8 @@ class RecipeArguments:
     drop_duplicates: bool = False
     """Leave out rows that came before."""
     on_overlap: str = "warn"
-    """What happens when prompts of the evaluation are found in the training rows: warn or error."""
+    """What happens when prompts of the evaluation are found in the training rows: warn, error, or drop (from the
+    evaluation)."""
     lora: bool = False
     """Train LoRA adapters (experts included) in place of all weights; they are merged at the end."""
     lora_r: int = 16
@@ -108,6 +110,8 @@ def parse_arguments() -> tuple[RecipeArguments, ThinkFusionConfig]:
     if not any(flag == "--config" or flag.startswith("--config=") for flag in given):
         given = ["--config", str(DEFAULT_CONFIG), *given]
     recipe, training = TrlParser((RecipeArguments, ThinkFusionConfig)).parse_args_and_config(given)
+    if recipe.on_overlap not in ON_OVERLAP:
+        raise ValueError(f"on_overlap: {recipe.on_overlap!r} is unknown; choose one of {', '.join(ON_OVERLAP)}.")
     return recipe, training
 
 
@@ -132,12 +136,19 @@ def record_options(recipe: RecipeArguments) -> RecordOptions:
     return RecordOptions(**given)
 
 
-def check_overlap(recipe: RecipeArguments, report: RowReport, prompts: list[EvaluationPrompt]) -> None:
+def without_overlap(
+    recipe: RecipeArguments, report: RowReport, prompts: list[EvaluationPrompt]
+) -> list[EvaluationPrompt]:
     found = overlap_with_training(report, prompts)
-    if found and recipe.on_overlap == "error":
-        raise ValueError(f"{found} Leave them out of one of the two, or accept it with --on_overlap warn.")
-    if found:
-        logging.warning("%s What is measured on them is memory.", found)
+    if not found:
+        return prompts
+    if recipe.on_overlap == "error":
+        raise ValueError(f"{found} Leave them out of one of the two, or use --on_overlap drop or warn.")
+    if recipe.on_overlap == "drop":
+        logging.warning("%s They are left out of the evaluation.", found)
+        return [prompt for index, prompt in enumerate(prompts) if index not in set(found.evaluation)]
+    logging.warning("%s What is measured on them is memory.", found)
+    return prompts
 
 
 def main() -> None:
@@ -165,7 +176,7 @@ def main() -> None:
             cache_dir=prepared_cache(),
         )
     if prompts is not None and not recipe.streaming:
-        check_overlap(recipe, report, prompts)
+        prompts = without_overlap(recipe, report, prompts)
 
     # 3. Training in both modes.
     adapter = lora_config(model, tokenizer, r=recipe.lora_r, lora_alpha=recipe.lora_alpha) if recipe.lora else None

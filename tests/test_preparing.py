@@ -10,12 +10,14 @@ import pytest
 from thinkfusion import (
     Conversation,
     DataError,
+    EvaluationPrompt,
     MixtureOptions,
     ReasoningOptions,
     RecordOptions,
     Renderer,
     Source,
     mix,
+    overlap_with_training,
     prepare,
     preparing,
     read_conversations,
@@ -412,3 +414,18 @@ def test_conversations_keep_the_source_they_came_from(tokenizer, write):
     assert {cell["source"] for cell in report.account.to_dict()["by"]} == {path}
     made = Conversation.from_messages(row(2)["messages"])
     assert len(prepare([made], tokenizer)[0]) == 2
+
+
+def test_evaluation_prompts_found_in_the_training_rows_are_named(tokenizer, write):
+    _, report = prepare(write([row(0), row(1), row(2)]), tokenizer)
+    asked = [
+        EvaluationPrompt(({"role": "assistant", "content": "no row begins so"},)),
+        EvaluationPrompt(tuple(row(7)["messages"][:1])),
+        EvaluationPrompt(tuple(row(2)["messages"][:1])),
+        EvaluationPrompt(tuple(row(0)["messages"][:1])),
+    ]
+    found = overlap_with_training(report, asked)
+    assert found
+    assert (found.evaluation, found.training, found.prompts) == ([2, 3], [0, 2], 4)
+    assert "2 of 4 evaluation prompts are found in 2 training rows" in str(found)
+    assert not overlap_with_training(report, asked[:2])

@@ -135,6 +135,8 @@ def test_what_accelerate_was_asked_for_is_found_out():
         (["--datasett", "x"], "--datasett"),
         (["--dataset", "missing.jsonl"], "missing.jsonl: there is no such file"),
         (["--mixture", "both"], "mixture: 'both' is unknown"),
+        (["--on_overlap", "ignore"], "on_overlap: 'ignore' is unknown; choose one of warn, error, drop"),
+        (["--dataset_weights", "1", "2"], "dataset_weights: found 2 for 1 data sets"),
         (["--scheme", "suffix"], "unknown scheme 'suffix'"),
         (["--model", "./nowhere"], "./nowhere: there is no such checkpoint folder"),
         (["--dataset", "pyproject.toml"], "files ending in '.toml' are not read"),

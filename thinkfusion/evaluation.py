@@ -102,13 +102,16 @@ def overlap_with_training(report: RowReport, prompts: Sequence[EvaluationPrompt]
     """Which of the prompts stand in the training rows, by the `report` of preparing these."""
     # Some answer makes a row of a prompt; a switch in its text decides of which mode. What can be no row is in none.
     answers = ({"content": "-"}, {"content": "-", "reasoning_content": "-"})
-    asked = []
-    for prompt in prompts:
+    asked: list[Conversation] = []
+    positions = []
+    for position, prompt in enumerate(prompts):
         for answer in answers:
             with suppress(DataError):
                 asked.append(Conversation.from_messages([*prompt.messages, {"role": "assistant", **answer}]))
+                positions.append(position)
                 break
-    return prompt_overlap(report.prompt_keys, asked)
+    found = prompt_overlap(report.prompt_keys, asked)
+    return found._replace(evaluation=[positions[index] for index in found.evaluation], prompts=len(prompts))
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
