@@ -162,7 +162,9 @@ def main() -> None:
     # 1. The checkpoint, with the switch installed: template, control tokens, end of turn.
     # Weights that are trained are kept in float32, whatever precision they are multiplied in; adapted ones need not be.
     model, tokenizer = load_checkpoint(recipe.model, dtype="auto" if recipe.lora and training.bf16 else "float32")
-    install_chat_template(tokenizer, model, scheme=training.scheme, default_mode=training.default_mode)
+    install_chat_template(
+        tokenizer, model, scheme=training.scheme, default_mode=training.default_mode, dialect=training.dialect
+    )
 
     # 2. The rows, mixed, rendered and tokenised; the report accounts for every one.
     prompts = read_prompts(recipe.prompts, answer_separator=recipe.answer_separator) if recipe.prompts else None

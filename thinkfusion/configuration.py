@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from thinkfusion.dialects import get_dialect
 from thinkfusion.formats import RecordOptions
 from thinkfusion.mixture import MIXTURES, MixtureOptions
 from thinkfusion.modes import Mode, get_scheme
@@ -44,6 +45,10 @@ class ThinkFusionConfig(SFTConfig):
     )
     scheme: str = field(default="control", metadata={"help": "How prompts announce a mode: control, empty-block."})
     """The mode scheme that is installed if the tokenizer's template is not ours yet."""
+    dialect: str | None = field(
+        default=None, metadata={"help": "The markup of the messages; by default the checkpoint's family."}
+    )
+    """The markup of the messages, one of `DIALECTS`; None recognises the family of the checkpoint."""
     default_mode: str = field(
         default="thinking", metadata={"help": "The mode without a switch, stored in the template."}
     )
@@ -85,6 +90,8 @@ class ThinkFusionConfig(SFTConfig):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         get_scheme(self.scheme)
+        if self.dialect is not None:
+            get_dialect(self.dialect)
         Mode.parse(self.default_mode)
         # Their own checks name the flags.
         data = self.preparation(None)

@@ -71,7 +71,9 @@ class ThinkFusionTrainer(SFTTrainer):
         template = installed_template(tokenizer)
         if template is None:
             logger.warning("Installing the chat template with the scheme %r on the tokenizer.", args.scheme)
-            install_chat_template(tokenizer, model, scheme=args.scheme, default_mode=args.default_mode)
+            install_chat_template(
+                tokenizer, model, scheme=args.scheme, default_mode=args.default_mode, dialect=args.dialect
+            )
         elif template.scheme.name != args.scheme:
             raise ValueError(
                 f"scheme: {args.scheme!r} was asked for, but the tokenizer's template has the scheme "
