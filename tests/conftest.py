@@ -62,3 +62,15 @@ def model() -> Qwen3MoeForCausalLM:
 def tiny_models():
     """The maker of tiny models, for tests that need several."""
     return tiny_model
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes text or bytes into a file of the test's own folder, and returns its path."""
+
+    def write(data, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return path
+
+    return write

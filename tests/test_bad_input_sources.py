@@ -26,16 +26,6 @@ def row(question="2+2?", answer="4", **fields):
     return {"question": question, "answer": answer, **fields}
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(data, name="rows.jsonl"):
-        path = tmp_path / name
-        path.write_bytes(data if isinstance(data, bytes) else data.encode())
-        return path
-
-    return write
-
-
 def stopped(source, options=None):
     with pytest.raises(DataError) as caught:
         read_conversations(source, options)

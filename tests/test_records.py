@@ -32,16 +32,6 @@ def line(**fields):
 GOOD = line(question="2+2?", answer="4")
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(data, name="rows.jsonl"):
-        path = tmp_path / name
-        path.write_bytes(data if isinstance(data, bytes) else data.encode())
-        return path
-
-    return write
-
-
 def contents(conversations):
     """Question, reasoning, answer of every conversation's only exchange."""
     exchanges = [conversation.exchanges[0] for conversation in conversations]
