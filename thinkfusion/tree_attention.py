@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention of fusion trees: every node's queries against the keys that they see, and nothing else.
+
+A dense mask over a packed row costs the square of its length. Here a node attends to the trunk up to its fork and to
+itself, causally at the lower right, layer by layer with the window that the model gives that layer; on a GPU the same
+visibility goes to FlexAttention as a `BlockMask`. Both are reached through transformers' `AttentionInterface`, under
+the name `IMPLEMENTATION`, which a model has only within `tree_attention`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+IMPLEMENTATION = "thinkfusion_tree"
+REPLACED = (None, "sdpa", "eager", "flex_attention")
+"""The implementations in whose place ours computes the same; others are asked for by name and cannot take a mask."""
+BRANCHING_LAYERS = {"full_attention", "sliding_attention", "attention"}
+QUERIES_PER_BLOCK = 1024
+
+
+class Node(NamedTuple):
+    """A node of a row: its tokens are `start` to `stop`; it sees `fork` tokens from `trunk` on, and itself."""
+
+    trunk: int
+    fork: int
+    start: int
+    stop: int
+
+
+class _Block(NamedTuple):
+    """Queries, and the two stretches of keys that they see; the last query sees the last key."""
+
+    queries: slice
+    trunk: slice
+    own: slice
+    mask: torch.Tensor | None
+    causal: bool
+
+
+class RowLayout:
+    """The nodes of one row, (1, tokens), for the attention of every layer.
+
+    nodes: in the order of the row, together all of its tokens.
+    """
+
+    def __init__(self, nodes: Sequence[Sequence[int]]) -> None:
+        self.nodes = [Node(*node) for node in nodes]
+        self.tokens = self.nodes[-1].stop
+        self.layers = 0
+        self._blocks: dict[tuple[int | None, torch.device], list[_Block]] = {}
+        self._block_masks: dict[int | None, Any] = {}
+
+    def blocks(self, window: int | None, device: torch.device) -> list[_Block]:
+        """The node's queries in blocks, each with its keys; `window` is how many positions a token sees, or all."""
+        if (window, device) not in self._blocks:
+            self._blocks[window, device] = [
+                block for node in self.nodes for block in _blocks_of(node, window, device)
+            ]
+        return self._blocks[window, device]
+
+    @cached_property
+    def _numbers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens,) each: document, node, fork and position."""
+        lengths = torch.tensor([node.stop - node.start for node in self.nodes])
+
+        def each(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values).repeat_interleave(lengths)
+
+        offset = each([node.fork - node.start for node in self.nodes])
+        node = [number if given.start != given.trunk else -1 for number, given in enumerate(self.nodes)]
+        document, fork = each([given.trunk for given in self.nodes]), each([given.fork for given in self.nodes])
+        return document, each(node), fork, torch.arange(self.tokens) + offset
+
+    def block_mask(self, window: int | None, device: torch.device) -> Any:
+        """The same visibility for FlexAttention; made once, and shared by the layers of one window."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if window not in self._block_masks:
+            document, node, fork, position = (each.to(device) for each in self._numbers)
+
+            def visible(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                own = (node[query] == node[key]) & (query >= key)
+                trunk = (node[key] == -1) & (position[key] < fork[query])
+                seen = (document[query] == document[key]) & (own | trunk)
+                return seen if window is None else seen & (position[query] - position[key] < window)
+
+            self._block_masks[window] = create_block_mask(
+                visible, None, None, self.tokens, self.tokens, device=str(device), _compile=device.type == "cuda"
+            )
+        return self._block_masks[window]
+
+
+def _blocks_of(node: Node, window: int | None, device: torch.device) -> Iterator[_Block]:
+    length = node.stop - node.start
+    size = length if window is None else max(window, QUERIES_PER_BLOCK)
+    for first in range(0, length, size):
+        last = min(first + size, length)
+        # Positions, of which the first `fork` lie in the trunk.
+        begin = 0 if window is None else max(0, node.fork + first - window + 1)
+        trunk = slice(node.trunk + min(begin, node.fork), node.trunk + node.fork)
+        own = slice(node.start + max(0, begin - node.fork), node.start + last)
+        keys = node.fork + last - begin
+        banded = window is not None and keys > window
+        causal = keys == last - first and not banded
+        mask = None
+        if not causal:
+            query = torch.arange(node.fork + first, node.fork + last, device=device)[:, None]
+            key = torch.arange(begin, node.fork + last, device=device)
+            mask = query >= key
+            if window is not None:
+                mask &= query - key < window
+        yield _Block(slice(node.start + first, node.start + last), trunk, own, mask, causal)
+
+
+def tree_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    tree_layout: RowLayout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a row of trees, as transformers calls it.
+
+    query, key, value: (1, heads, tokens, width), keys and values of fewer heads where the model groups them.
+    attention_mask: what our mask function made for this layer: its window, or None.
+    tree_layout: the nodes of the row, which the caller of the model gives as a keyword argument.
+    s_aux: (heads,), the logits of attention sinks. Returns (1, tokens, heads, width of values).
+    """
+    if tree_layout is None:
+        raise ValueError("tree_layout: missing; a model within tree_attention is called with the layout of its rows.")
+    if position_bias is not None:
+        raise ValueError("position_bias: not for trees; set sequence_layout='padded'.")
+    tree_layout.layers += 1
+    window = None if attention_mask is None else int(attention_mask)
+    if query.device.type == "cuda":
+        from transformers.integrations.flex_attention import flex_attention_forward
+
+        mask = tree_layout.block_mask(window, query.device)
+        extra = {"s_aux": s_aux, "softcap": softcap, "dropout": dropout}
+        output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scaling, **extra)
+        return output, None
+    attend = _sdpa if s_aux is None and softcap is None else _explicit
+    outputs = []
+    for block in tree_layout.blocks(window, query.device):
+        parts = [part for part in (block.trunk, block.own) if part.stop > part.start]
+        keys, values = (
+            given[:, :, parts[0]] if len(parts) == 1 else torch.cat([given[:, :, part] for part in parts], dim=2)
+            for given in (key, value)
+        )
+        outputs.append(attend(query[:, :, block.queries], keys, values, block, dropout, scaling, s_aux, softcap))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block: _Block,
+    dropout: float,
+    scaling: float | None,
+    *_: Any,
+) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=block.mask,
+        dropout_p=dropout,
+        is_causal=block.causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _explicit(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block: _Block,
+    dropout: float,
+    scaling: float | None,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention with sinks or a cap of its scores, which torch's own has not."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = block.mask
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1).to(scores)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[2]]
+    return torch.nn.functional.dropout(weights, dropout) @ value
+
+
+def _window_of_layer(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor | None:
+    """In place of a mask: the window of the layers that it is for. The model decides which layers those are."""
+    return None if local_size is None else torch.tensor(local_size)
+
+
+AttentionInterface.register(IMPLEMENTATION, tree_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, _window_of_layer)
+
+
+@contextmanager
+def tree_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Within this, `model` expects rows of trees: `model(input_ids, position_ids=…, tree_layout=RowLayout(nodes))`.
+
+    The backward pass belongs inside too, if layers are checkpointed.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    for config, _ in before:
+        config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def why_not_trees(model: PreTrainedModel) -> str | None:
+    """Why the layers of a model cannot branch, or None if they can; told from its config and its signature."""
+    config = model.config.get_text_config()
+    kinds = _layer_kinds(config)
+    others = sorted(set(kinds) - BRANCHING_LAYERS)
+    if others:
+        return f"{type(model).__name__} has layers of another kind than attention over all tokens: {', '.join(others)}"
+    if getattr(config, "index_topk", None):
+        return f"{type(model).__name__} chooses the keys that it attends to (index_topk)"
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return f"{type(model).__name__} takes no position_ids"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"
+    return None
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        kinds = getattr(config, name, None)
+        if kinds is not None:
+            return list(kinds)
+    return []
+
+
+def check_implementation(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model loaded with an attention that trees would silently replace by another."""
+    chosen = model.config._attn_implementation
+    if chosen not in REPLACED:
+        raise ValueError(
+            f"attn_implementation: {chosen!r} cannot take the visibility of packed rows. Load the model with "
+            "attn_implementation='sdpa', or set sequence_layout='padded'."
+        )
