@@ -36,7 +36,12 @@ _HOME = {
     "Rendered": "rendering",
     "Renderer": "rendering",
     "render": "rendering",
+    "FusionTree": "trees",
+    "expand": "trees",
+    "fusion_tree": "trees",
+    "PackedRows": "packing",
     "PaddingCollator": "packing",
+    "RowCollator": "packing",
     "prepared_cache": "storing",
     "prepare": "preparing",
     "lora_config": "moe",
@@ -79,7 +84,7 @@ if TYPE_CHECKING:
     from thinkfusion.mixture import MixtureOptions, TokenAccount, mix
     from thinkfusion.modes import Mode, Reply, Scheme, split_reply
     from thinkfusion.moe import lora_config
-    from thinkfusion.packing import PaddingCollator
+    from thinkfusion.packing import PackedRows, PaddingCollator, RowCollator
     from thinkfusion.preparing import prepare
     from thinkfusion.reading import DataError
     from thinkfusion.records import iterate_conversations, prompt_overlap, read_conversations
@@ -91,6 +96,7 @@ if TYPE_CHECKING:
     from thinkfusion.storing import prepared_cache
     from thinkfusion.tasks import TaskSample, generate_samples, grade
     from thinkfusion.training import ModeEvaluationCallback, ThinkFusionTrainer
+    from thinkfusion.trees import FusionTree, expand, fusion_tree
 
 
 def __getattr__(name: str) -> Any:

@@ -1,27 +1,337 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the rows of a prepared data set to padded batches."""
+"""From training sequences to batches: trees of conversations, packed into rows of a token budget, without padding.
+
+The rows of a batch are laid one after another, (1, tokens): the attention of trees keeps them apart. Ordinary
+sequences are trees of one node, so that packing them falls out of the same code, on any device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
 from thinkfusion.rendering import IGNORED
+from thinkfusion.sequences import MODES
+from thinkfusion.trees import FusionTree, TrainingSequence, fuse_within
 
 if TYPE_CHECKING:
-    import torch
+    import datasets
+    from numpy.typing import NDArray
+
+LAYOUTS = ("tree", "packed", "padded")
+WINDOW_TREES = 2048
+"""How many trees the packing looks at together."""
+OPEN_ROWS = 8
+"""How many rows, those with most room, wait for the trees of the next window."""
+READ_SEQUENCES = 1024
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How training sequences become rows.
+
+    kind: "tree" fuses the sequences of a conversation, "packed" leaves each alone.
+    tokens_per_row: the most tokens of a row; None puts one conversation (or sequence) into each.
+    non_thinking_trunk: see `trees.fuse`.
+    ordered: keep the order of the sequences, for mixtures that have one.
+    rows_at_once: how many rows all processes take together in one step. The number of rows is made a multiple of it,
+        with empty rows if need be, so that every process has as many batches and none is seen twice or left out.
+    """
+
+    kind: str = "tree"
+    tokens_per_row: int | None = None
+    non_thinking_trunk: bool = True
+    ordered: bool = False
+    rows_at_once: int = 1
+
+    def trees(self, sequences: Sequence[TrainingSequence]) -> list[FusionTree]:
+        """The trees of one conversation, several if it is longer than a row; raises ValueError as `fuse_within`."""
+        return fuse_within(sequences, self.tokens_per_row, non_thinking_trunk=self.non_thinking_trunk)
+
+
+@dataclass
+class PackingReport:
+    """What became of training sequences on their way into rows.
+
+    split: conversations longer than a row, whose history is computed in several trees. tokens: computed in the rows;
+    sequence_tokens: of the separate sequences.
+    """
+
+    sequences: int = 0
+    conversations: int = 0
+    split: int = 0
+    trees: int = 0
+    tokens: int = 0
+    sequence_tokens: int = 0
+    rows: int = 0
+    tokens_per_row: int | None = None
+
+    @property
+    def padding(self) -> float:
+        """The share of the rows' budget that is left empty; 0 without a budget."""
+        if self.tokens_per_row is None or not self.rows:
+            return 0.0
+        return 1 - self.tokens / (self.rows * self.tokens_per_row)
+
+    def add(self, sequences: Sequence[TrainingSequence], trees: Sequence[FusionTree]) -> None:
+        """Count one conversation."""
+        self.sequences += len(sequences)
+        self.conversations += 1
+        self.split += len(trees) > 1
+        self.trees += len(trees)
+        self.tokens += sum(map(len, trees))
+        self.sequence_tokens += sum(len(sequence.ids) for sequence in sequences)
+
+    def __str__(self) -> str:
+        share = self.tokens / self.sequence_tokens if self.sequence_tokens else 1.0
+        text = (
+            f"{self.sequences:,} sequences of {self.sequence_tokens:,} tokens are computed as {self.trees:,} trees of "
+            f"{self.tokens:,} tokens ({share:.0%}), in {self.rows:,} rows"
+        )
+        if self.tokens_per_row is not None:
+            text += f" of at most {self.tokens_per_row:,} ({self.padding:.1%} left empty)"
+        if self.split:
+            text += f"; {self.split:,} conversations are longer than a row and were split, their history repeated"
+        return text + "."
+
+
+class PackedRows(Dataset[list[FusionTree]]):
+    """The rows of a data set that `prepare` made, each a list of trees; trees are made when they are asked for.
+
+    sequences: `input_ids`, `labels`, `mode`, and `conversation`, whose equal neighbours belong together; without that
+        column every sequence stands alone. report: what was packed. The length is a multiple of the layout's
+        `rows_at_once`; rows beyond `report.rows` are empty.
+
+    Raises ValueError for a sequence longer than a row.
+    """
+
+    def __init__(self, sequences: datasets.Dataset, layout: Layout) -> None:
+        self.layout = layout
+        self._sequences = sequences.with_format("arrow")
+        self.report = PackingReport(tokens_per_row=layout.tokens_per_row)
+        self._starts = _conversation_starts(sequences, layout)
+        lengths: list[int] = []
+        places: list[tuple[int, int]] = []
+        for number, conversation in enumerate(self._conversations()):
+            trees = layout.trees(conversation)
+            self.report.add(conversation, trees)
+            lengths += map(len, trees)
+            places += ((number, part) for part in range(len(trees)))
+        self._places = np.array(places, dtype=np.int32).reshape(-1, 2)
+        rows = [np.array(row, dtype=np.int32) for row in pack(lengths, layout.tokens_per_row, ordered=layout.ordered)]
+        self._rows = rows
+        self.report.rows = len(rows)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self.layout.rows_at_once) * self.layout.rows_at_once
+
+    def __getitem__(self, index: int) -> list[FusionTree]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        if index >= len(self._rows):
+            return []
+        trees = []
+        for number, part in self._places[self._rows[index]]:
+            start, stop = self._starts[number : number + 2]
+            trees.append(self.layout.trees(self._read(start, stop))[part])
+        return trees
+
+    def _conversations(self) -> Iterator[list[TrainingSequence]]:
+        first = 0
+        while first < len(self._starts) - 1:
+            last = int(np.searchsorted(self._starts, self._starts[first] + READ_SEQUENCES, side="right")) - 1
+            last = max(last, first + 1)
+            begin = self._starts[first]
+            read = self._read(begin, self._starts[last])
+            for start, stop in zip(self._starts[first:last], self._starts[first + 1 : last + 1], strict=True):
+                yield read[start - begin : stop - begin]
+            first = last
+
+    def _read(self, start: int, stop: int) -> list[TrainingSequence]:
+        table = self._sequences[int(start) : int(stop)]
+        ids, ends = _flat(table["input_ids"])
+        labels, _ = _flat(table["labels"])
+        modes = table["mode"].to_numpy()
+        spans = [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+        return [TrainingSequence(ids[at], labels[at], MODES[mode]) for at, mode in zip(spans, modes, strict=True)]
+
+
+def _conversation_starts(sequences: datasets.Dataset, layout: Layout) -> NDArray[np.int64]:
+    """Where each conversation begins among the sequences, and the end."""
+    count = len(sequences)
+    if layout.kind == "packed" or "conversation" not in sequences.column_names or not count:
+        return np.arange(count + 1)
+    numbers = sequences.with_format("arrow")["conversation"][:].to_numpy()
+    return np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1, [count]])
+
+
+def _flat(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The values of a column of lists, one after another, and where each list ends."""
+    lists = column.combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+    return values, np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))
+
+
+class StreamedRows(IterableDataset[list[FusionTree]]):
+    """The same rows in their order, of a stream that `prepare` made; `report` is complete after the first epoch."""
+
+    def __init__(self, sequences: datasets.IterableDataset, layout: Layout) -> None:
+        self.sequences, self.layout = sequences, layout
+        self.report = PackingReport(tokens_per_row=layout.tokens_per_row)
+
+    def __iter__(self) -> Iterator[list[FusionTree]]:
+        report = PackingReport(tokens_per_row=self.layout.tokens_per_row)
+        waiting: dict[int, FusionTree] = {}
+
+        def lengths() -> Iterator[int]:
+            number = 0
+            for conversation in self._conversations():
+                trees = self.layout.trees(conversation)
+                report.add(conversation, trees)
+                for tree in trees:
+                    waiting[number] = tree
+                    number += 1
+                    yield len(tree)
+
+        for row in pack(lengths(), self.layout.tokens_per_row, ordered=self.layout.ordered):
+            report.rows += 1
+            yield [waiting.pop(number) for number in row]
+        self.report = report
+        yield from ([] for _ in range(-report.rows % self.layout.rows_at_once))
+
+    def _conversations(self) -> Iterator[list[TrainingSequence]]:
+        def belongs(numbered: tuple[int, dict[str, Any]]) -> tuple[bool, int]:
+            number, row = numbered
+            together = self.layout.kind == "tree" and "conversation" in row
+            return together, row["conversation"] if together else number
+
+        for _, rows in groupby(enumerate(self.sequences), belongs):
+            yield [
+                TrainingSequence(
+                    np.array(row["input_ids"], dtype=np.int32),
+                    np.array(row["labels"], dtype=np.int32),
+                    MODES[row["mode"]],
+                )
+                for _, row in rows
+            ]
+
+
+def pack(lengths: Iterable[int], budget: int | None, *, ordered: bool = False) -> Iterator[list[int]]:
+    """Bins of the indices of `lengths`, none above `budget`, every index in exactly one.
+
+    Best fit in decreasing order within windows of WINDOW_TREES, so that a stream is packed as a file is; the OPEN_ROWS
+    bins with most room take part in the next window. With `ordered` bins are filled one after another; without a
+    budget each index has its own. Raises ValueError for a length above the budget.
+    """
+    if budget is None:
+        yield from ([index] for index, _ in enumerate(lengths))
+        return
+    bins: list[_Bin] = []
+    window: list[tuple[int, int]] = []
+    for index, length in enumerate(lengths):
+        if length > budget:
+            raise ValueError(f"found a length of {length:,} tokens, and a row has {budget:,} (tokens_per_row).")
+        if ordered:
+            if bins and bins[0][0] < length:
+                yield bins.pop()[2]
+            free, first, members = bins.pop() if bins else (budget, index, [])
+            bins.append((free - length, first, [*members, index]))
+            continue
+        window.append((length, index))
+        if len(window) == WINDOW_TREES:
+            _fill(bins, window, budget)
+            full = bins[:-OPEN_ROWS]
+            bins, window = bins[-OPEN_ROWS:], []
+            yield from (members for _, _, members in sorted(full, key=lambda each: each[1]))
+    _fill(bins, window, budget)
+    yield from (members for _, _, members in sorted(bins, key=lambda each: each[1]))
+
+
+_Bin = tuple[int, int, list[int]]
+"""Free tokens, the first index, and all of them."""
+
+
+def _fill(bins: list[_Bin], window: list[tuple[int, int]], budget: int) -> None:
+    """Put a window of (length, index) into the bins, which are sorted by their free tokens, and into new ones."""
+    for length, index in sorted(window, key=lambda each: (-each[0], each[1])):
+        place = bisect_left(bins, (length,))
+        free, first, members = bins.pop(place) if place < len(bins) else (budget, index, [])
+        insort(bins, (free - length, first, [*members, index]))
+
+
+class RowSampler(Sampler[int]):
+    """The rows in an order drawn from the seed and the epoch, and after them the empty ones."""
+
+    def __init__(self, rows: PackedRows, seed: int) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw another order; called at the beginning of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows.report.rows)
+        yield from order.tolist()
+        yield from range(len(order), len(self.rows))
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Lays rows of trees one after another: a batch of (1, tokens).
+
+    `input_ids`, `labels`, `position_ids`, `attention_mask`, and `modes` (an index into `sequences.MODES` for each
+    token); `nodes` are the arguments of `tree_attention.RowLayout`. multiple: the tokens are filled up to a multiple.
+    """
+
+    pad_token_id: int
+    multiple: int = 1
+
+    def __call__(self, rows: Sequence[Sequence[FusionTree]]) -> dict[str, Any]:
+        trees = [tree for row in rows for tree in row]
+        tokens = sum(map(len, trees))
+        padding = -tokens % self.multiple if tokens else self.multiple
+        nodes, offset = [], 0
+        for tree in trees:
+            nodes += [
+                (offset, fork, offset + start, offset + start + length)
+                for start, length, fork in zip(tree.starts, tree.lengths, tree.forks, strict=True)
+            ]
+            offset += len(tree)
+        if padding:
+            nodes.append((tokens, 0, tokens, tokens + padding))
+
+        def laid(parts: list[NDArray[Any]], value: int) -> torch.Tensor:
+            row = np.concatenate([*parts, np.full(padding, value)])
+            return torch.from_numpy(row.astype(np.int64))[None]
+
+        modes = [np.repeat([MODES.index(mode) for mode in tree.modes], tree.lengths) for tree in trees]
+        return {
+            "input_ids": laid([tree.ids for tree in trees], self.pad_token_id),
+            "labels": laid([tree.labels for tree in trees], IGNORED),
+            "position_ids": laid([tree.positions for tree in trees], 0),
+            "attention_mask": laid([np.ones(tokens)], 0),
+            "modes": laid(modes, 0),
+            "nodes": nodes,
+        }
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Pads rows to the longest: `input_ids`, `labels`, `attention_mask` (batch, length), and `mode` (batch,)."""
+    """Pads rows to the longest: `input_ids`, `labels`, `attention_mask`, `modes`, all (batch, length)."""
 
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        import torch
-
         length = max(len(row["input_ids"]) for row in rows)
 
         def padded(column: str, value: int) -> torch.Tensor:
@@ -32,5 +342,5 @@ class PaddingCollator:
             "input_ids": padded("input_ids", self.pad_token_id),
             "labels": padded("labels", IGNORED),
             "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
-            "mode": torch.tensor([row["mode"] for row in rows]),
+            "modes": torch.tensor([[row["mode"]] * length for row in rows]),
         }

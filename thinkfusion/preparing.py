@@ -62,7 +62,7 @@ def prepare(
     cache_dir: str | Path | None = None,
     report: RowReport | None = None,
 ) -> tuple[Dataset | IterableDataset, RowReport]:
-    """Read, mix, render and tokenise: a data set with `input_ids`, `labels` and `mode`, one row a sequence.
+    """Read, mix, render and tokenise: `input_ids`, `labels`, `mode` and `conversation`, one row a sequence.
 
     data: a file, wildcard or Hub id, a `Source` with a weight, a list of these, rows, or conversations.
     records, mixture, reasoning: how rows are read, how modes are combined, what is done to reasoning.
@@ -180,8 +180,10 @@ class _Preparation:
         report = RowReport() if self.report.read else self.report
         gathered = _Gathered(self.plan, report, self.already_read, self.name)
         if not self.plan.chooses:
+            before = 0
             for prepared in self.prepared(report):
-                yield from _rows_of(prepared, gathered.add(prepared))
+                yield from _rows_of(prepared, gathered.add(prepared), before)
+                before += prepared.conversations
             gathered.choose()
             return
         for prepared in self.prepared(report):
@@ -199,7 +201,7 @@ class _Preparation:
         again = _Gathered(self.plan, report, self.already_read, self.name)
         wanted = np.zeros(int(chosen.max()) + 1, dtype=bool)
         wanted[chosen] = True
-        number = 0
+        number = before = 0
         for prepared in self.prepared(report):
             kept = again.add(prepared)
             modes = np.frombuffer(prepared.mode, dtype=np.int8)
@@ -208,7 +210,8 @@ class _Preparation:
             number += int(present.sum())
             inside = present & (numbers < len(wanted))
             inside[inside] = wanted[numbers[inside]]
-            yield from _rows_of(prepared, inside if mode is None else inside & (modes == mode))
+            yield from _rows_of(prepared, inside if mode is None else inside & (modes == mode), before)
+            before += prepared.conversations
 
     def prepared(self, report: RowReport) -> Iterator[Prepared]:
         """The sequences of every chunk, in order, whichever process made them."""
@@ -383,12 +386,17 @@ def _collected(problems: list[str] | None) -> Iterator[None]:
         problems.append(str(error).partition("\n")[0])
 
 
-def _rows_of(prepared: Prepared, keep: NDArray[np.bool_] | None) -> Iterator[dict[str, Any]]:
-    """The sequences of a chunk as rows of a stream."""
+def _rows_of(prepared: Prepared, keep: NDArray[np.bool_] | None, before: int) -> Iterator[dict[str, Any]]:
+    """The sequences of a chunk as rows of a stream; `before` it were so many conversations."""
     import numpy as np
 
     ends = np.cumsum(np.frombuffer(prepared.length, dtype=np.int32), dtype=np.int64)
     ids, labels = np.frombuffer(prepared.ids, dtype=np.int32), labels_of(prepared)
     for index in range(len(ends)) if keep is None else np.flatnonzero(keep):
         span = slice(ends[index - 1] if index else 0, ends[index])
-        yield {"input_ids": ids[span].tolist(), "labels": labels[span].tolist(), "mode": prepared.mode[index]}
+        yield {
+            "input_ids": ids[span].tolist(),
+            "labels": labels[span].tolist(),
+            "mode": prepared.mode[index],
+            "conversation": before + prepared.copy[index],
+        }

@@ -100,6 +100,11 @@ class Prepared(NamedTuple):
     piece_length: array[int]
     piece_trained: bytes
 
+    @property
+    def conversations(self) -> int:
+        """How many conversations the sequences come from; a row that is trained twice is two."""
+        return self.copy[-1] + 1 if self.copy else 0
+
 
 def labels_of(prepared: Prepared) -> NDArray[np.int32]:
     """The labels of all sequences: the ids where trained, -100 elsewhere. They are not sent between processes."""

@@ -28,16 +28,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-LAYOUT = 1
+LAYOUT = 2
 """Counts up when a folder's content changes its meaning, so that no older one is taken for a new one."""
 SEQUENCES, CHOSEN, REPORT, PROMPT_KEYS = "sequences.arrow", "chosen.npy", "report.json", "prompt_keys.bin"
 
 
 def features() -> Features:
-    """The columns of a prepared data set; `mode` is an index into `sequences.MODES`."""
+    """The columns of a prepared data set.
+
+    `mode` is an index into `sequences.MODES`; `conversation` is the same number for the sequences of one conversation.
+    """
     from datasets import Features, List, Value
 
-    return Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "mode": Value("int8")})
+    lists = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+    return Features({**lists, "mode": Value("int8"), "conversation": Value("int32")})
 
 
 class SequenceFile:
@@ -49,6 +53,7 @@ class SequenceFile:
         self._features = features()
         self._writer = ArrowWriter(path=str(folder / SEQUENCES), features=self._features)
         self._rows = 0
+        self._conversations = 0
 
     def __enter__(self) -> SequenceFile:
         return self
@@ -66,7 +71,8 @@ class SequenceFile:
         """Append the sequences of a chunk, all or those that `keep` marks."""
         import pyarrow
 
-        table = pyarrow.table(sequence_columns(prepared), schema=self._features.arrow_schema)
+        table = pyarrow.table(sequence_columns(prepared, self._conversations), schema=self._features.arrow_schema)
+        self._conversations += prepared.conversations
         if keep is not None:
             table = table.filter(pyarrow.array(keep))
         if len(table):
@@ -74,8 +80,8 @@ class SequenceFile:
             self._writer.write_table(table)
 
 
-def sequence_columns(prepared: Prepared) -> dict[str, Any]:
-    """The sequences of a chunk as Arrow columns over the chunk's own bytes."""
+def sequence_columns(prepared: Prepared, before: int) -> dict[str, Any]:
+    """The sequences of a chunk as Arrow columns over the chunk's own bytes; `before` it were so many conversations."""
     import numpy as np
     import pyarrow
 
@@ -87,7 +93,9 @@ def sequence_columns(prepared: Prepared) -> dict[str, Any]:
         return pyarrow.ListArray.from_arrays(offsets, values)
 
     mode = pyarrow.array(np.frombuffer(prepared.mode, dtype=np.int8))
-    return {"input_ids": lists(prepared.ids), "labels": lists(labels_of(prepared)), "mode": mode}
+    conversation = pyarrow.array(np.frombuffer(prepared.copy, dtype=np.int32) + np.int32(before))
+    labels = lists(labels_of(prepared))
+    return {"input_ids": lists(prepared.ids), "labels": labels, "mode": mode, "conversation": conversation}
 
 
 def load_sequences(folder: Path) -> Dataset:

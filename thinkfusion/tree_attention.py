@@ -35,6 +35,15 @@ class Node(NamedTuple):
     stop: int
 
 
+class _Scores(NamedTuple):
+    """How a layer scores keys: its dropout, its scale (None for the usual), attention sinks (heads,), and a cap."""
+
+    dropout: float = 0.0
+    scaling: float | None = None
+    sinks: torch.Tensor | None = None
+    softcap: float | None = None
+
+
 class _Block(NamedTuple):
     """Queries, and the two stretches of keys that they see; the last query sees the last key."""
 
@@ -61,9 +70,7 @@ class RowLayout:
     def blocks(self, window: int | None, device: torch.device) -> list[_Block]:
         """The node's queries in blocks, each with its keys; `window` is how many positions a token sees, or all."""
         if (window, device) not in self._blocks:
-            self._blocks[window, device] = [
-                block for node in self.nodes for block in _blocks_of(node, window, device)
-            ]
+            self._blocks[window, device] = [block for node in self.nodes for block in _blocks_of(node, window, device)]
         return self._blocks[window, device]
 
     @cached_property
@@ -120,7 +127,7 @@ def _blocks_of(node: Node, window: int | None, device: torch.device) -> Iterator
         yield _Block(slice(node.start + first, node.start + last), trunk, own, mask, causal)
 
 
-def tree_attention_forward(
+def tree_attention_forward(  # noqa: PLR0917 - transformers calls it so
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -140,6 +147,8 @@ def tree_attention_forward(
     attention_mask: what our mask function made for this layer: its window, or None.
     tree_layout: the nodes of the row, which the caller of the model gives as a keyword argument.
     s_aux: (heads,), the logits of attention sinks. Returns (1, tokens, heads, width of values).
+
+    Raises ValueError without a layout, and for a bias by position.
     """
     if tree_layout is None:
         raise ValueError("tree_layout: missing; a model within tree_attention is called with the layout of its rows.")
@@ -151,9 +160,10 @@ def tree_attention_forward(
         from transformers.integrations.flex_attention import flex_attention_forward
 
         mask = tree_layout.block_mask(window, query.device)
-        extra = {"s_aux": s_aux, "softcap": softcap, "dropout": dropout}
-        output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scaling, **extra)
+        options = {"scaling": scaling, "dropout": dropout, "s_aux": s_aux, "softcap": softcap}
+        output, _ = flex_attention_forward(module, query, key, value, mask, **options)
         return output, None
+    scores = _Scores(dropout, scaling, s_aux, softcap)
     attend = _sdpa if s_aux is None and softcap is None else _explicit
     outputs = []
     for block in tree_layout.blocks(window, query.device):
@@ -162,55 +172,41 @@ def tree_attention_forward(
             given[:, :, parts[0]] if len(parts) == 1 else torch.cat([given[:, :, part] for part in parts], dim=2)
             for given in (key, value)
         )
-        outputs.append(attend(query[:, :, block.queries], keys, values, block, dropout, scaling, s_aux, softcap))
+        outputs.append(attend(query[:, :, block.queries], keys, values, block, scores))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block: _Block,
-    dropout: float,
-    scaling: float | None,
-    *_: Any,
-) -> torch.Tensor:
+def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: _Block, scores: _Scores) -> torch.Tensor:
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=block.mask,
-        dropout_p=dropout,
+        dropout_p=scores.dropout,
         is_causal=block.causal,
-        scale=scaling,
+        scale=scores.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
 def _explicit(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block: _Block,
-    dropout: float,
-    scaling: float | None,
-    sinks: torch.Tensor | None,
-    softcap: float | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: _Block, scores: _Scores
 ) -> torch.Tensor:
     """Attention with sinks or a cap of its scores, which torch's own has not."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    logits = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling)
+    if scores.softcap is not None:
+        logits = scores.softcap * torch.tanh(logits / scores.softcap)
     mask = block.mask
     if mask is None:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1).to(scores)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[2]]
-    return torch.nn.functional.dropout(weights, dropout) @ value
+        mask = torch.ones(logits.shape[2:], dtype=torch.bool, device=logits.device).tril()
+    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    if scores.sinks is not None:
+        sinks = scores.sinks.reshape(1, -1, 1, 1).expand(1, -1, logits.shape[2], 1)
+        logits = torch.cat([logits, sinks.to(logits)], dim=-1)
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[2]]
+    return torch.nn.functional.dropout(weights, scores.dropout) @ value
 
 
 def _window_of_layer(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor | None:
@@ -228,8 +224,9 @@ def tree_attention(model: torch.nn.Module) -> Iterator[None]:
 
     The backward pass belongs inside too, if layers are checkpointed.
     """
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    given = [getattr(module, "config", None) for module in model.modules()]
+    configs: list[Any] = list({id(config): config for config in given if config is not None}.values())
+    before = [(config, config._attn_implementation) for config in configs]
     for config, _ in before:
         config._attn_implementation = IMPLEMENTATION
     try:
@@ -265,7 +262,7 @@ def _layer_kinds(config: Any) -> list[str]:
 
 def check_implementation(model: PreTrainedModel) -> None:
     """Raise ValueError for a model loaded with an attention that trees would silently replace by another."""
-    chosen = model.config._attn_implementation
+    chosen: str | None = model.config.get_text_config()._attn_implementation
     if chosen not in REPLACED:
         raise ValueError(
             f"attn_implementation: {chosen!r} cannot take the visibility of packed rows. Load the model with "

@@ -73,7 +73,8 @@ class FusionTree:
     def positions(self) -> NDArray[np.int32]:
         """(tokens,): the position of each token in the sequences that it belongs to."""
         offsets = np.subtract(self.forks, self.starts, dtype=np.int32)
-        return np.arange(len(self), dtype=np.int32) + np.repeat(offsets, self.lengths)
+        positions: NDArray[np.int32] = np.arange(len(self), dtype=np.int32) + np.repeat(offsets, self.lengths)
+        return positions
 
     @cached_property
     def document(self) -> NDArray[np.int32]:
