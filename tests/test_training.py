@@ -13,10 +13,10 @@ from thinkfusion import (
     DataError,
     Mode,
     ModeEvaluationCallback,
-    PaddingCollator,
     RecordOptions,
     ThinkFusionConfig,
     ThinkFusionTrainer,
+    expand,
     export_checkpoint,
     generate_samples,
     install_chat_template,
@@ -313,22 +313,10 @@ def test_rows_reach_the_model_as_they_were_prepared(tmp_path, base_tokenizer, mo
     model.config.max_position_embeddings = 4096
     trainer = ThinkFusionTrainer(model, config(tmp_path), train_dataset=rows, processing_class=base_tokenizer)
     expected, _ = prepare(rows, base_tokenizer)
-    assert trainer.train_dataset.to_dict() == expected.to_dict()
+    trained = [each for row in trainer.train_dataset for tree in row for each in expand(tree)]
+    assert [each.ids for each in trained] == expected["input_ids"]
+    assert [each.labels for each in trained] == expected["labels"]
     assert max(map(len, expected["input_ids"])) > 1024
-
-
-def test_padding_is_masked_and_carries_no_loss():
-    rows = [
-        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "mode": 0},
-        {"input_ids": [8], "labels": [8], "mode": 1},
-    ]
-    batch = {name: tensor.tolist() for name, tensor in PaddingCollator(9)(rows).items()}
-    assert batch == {
-        "input_ids": [[5, 6, 7], [8, 9, 9]],
-        "labels": [[-100, 6, 7], [8, -100, -100]],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
-        "mode": [0, 1],
-    }
 
 
 def test_an_ordered_mixture_is_trained_in_order(tmp_path, base_tokenizer, model):
@@ -336,7 +324,7 @@ def test_an_ordered_mixture_is_trained_in_order(tmp_path, base_tokenizer, model)
 
     class Watching(ThinkFusionTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            seen.extend(inputs["mode"].tolist())
+            seen.extend(inputs["modes"][0][inputs["position_ids"][0] == 0].tolist())
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     rows = [

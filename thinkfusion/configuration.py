@@ -13,8 +13,10 @@ from thinkfusion.dialects import get_dialect
 from thinkfusion.formats import RecordOptions
 from thinkfusion.mixture import MIXTURES, MixtureOptions
 from thinkfusion.modes import Mode, get_scheme
+from thinkfusion.packing import LAYOUTS
 from thinkfusion.sequences import ON_LONG_ROW, Plan
 from thinkfusion.shortening import ReasoningOptions
+from thinkfusion.weighting import ModeWeights
 
 
 @dataclass
@@ -63,6 +65,23 @@ class ThinkFusionConfig(SFTConfig):
     """Too long a row is a bad row ("error"), is left out and counted ("drop"), or has its reasoning shortened."""
     max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; by default the model's."})
     """The longest row allowed, in tokens; None is the model's own limit. Rows are never cut."""
+    sequence_layout: str = field(default="tree", metadata={"help": f"How sequences become rows: {', '.join(LAYOUTS)}."})
+    """"tree" computes what the sequences of a conversation share once, "packed" lays them one after another, both
+    without padding; "padded" is a plain batch. All three train the same. See `examples/fusion_trees.md`."""
+    tokens_per_row: int | None = field(
+        default=None, metadata={"help": "Most tokens of a row; by default a row is one conversation."}
+    )
+    """The most tokens of a row, into which conversations are packed; `per_device_train_batch_size` counts rows. None
+    makes each conversation (or sequence) a row. A sequence longer than a row is treated as one over max_length."""
+    mode_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": """Weights of the modes in the loss: '{"thinking": 0.5}'."""}
+    )
+    """The weight of a trained token of each mode; 1 where not given. The loss is their weighted mean."""
+    normalise_by_mode: bool = field(
+        default=False, metadata={"help": "Mean of the modes' own mean losses, so that long reasoning drowns nothing."}
+    )
+    """Whether the loss is the mean of the modes' mean losses, so that each mode has an equal share, or that of
+    `mode_weights`; otherwise it is the mean over all trained tokens."""
     router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Weight of transformers' balance loss."})
     """0: transformers' balance loss pools all layers and takes collapsed routers for balanced ones."""
 
@@ -93,6 +112,7 @@ class ThinkFusionConfig(SFTConfig):
         if self.dialect is not None:
             get_dialect(self.dialect)
         Mode.parse(self.default_mode)
+        self._check_layout()
         # Their own checks name the flags.
         data = self.preparation(None)
         Plan(data["records"], data["mixture"], data["reasoning"], on_long_row=self.on_long_row)
@@ -109,6 +129,35 @@ class ThinkFusionConfig(SFTConfig):
                 "leave it unset."
             )
         super().__post_init__()
+
+    def _check_layout(self) -> None:
+        if self.sequence_layout not in LAYOUTS:
+            raise ValueError(
+                f"sequence_layout: {self.sequence_layout!r} is unknown; choose one of {', '.join(LAYOUTS)}."
+            )
+        if self.tokens_per_row is not None:
+            if self.sequence_layout == "padded":
+                raise ValueError("tokens_per_row: only for rows of trees or packed sequences, not for 'padded'.")
+            if self.tokens_per_row < 1:
+                raise ValueError(f"tokens_per_row: found {self.tokens_per_row}, expected at least 1.")
+            if self.max_length is not None and self.max_length > self.tokens_per_row:
+                raise ValueError(
+                    f"max_length: {self.max_length:,} is more than tokens_per_row, {self.tokens_per_row:,}. Raise "
+                    "tokens_per_row, or lower max_length."
+                )
+        if self.sequence_layout != "padded" and self.train_sampling_strategy == "group_by_length":
+            raise ValueError("train_sampling_strategy: rows have no padding to save by grouping; leave it unset.")
+        weighted = not self.loss_weights.plain or self.control_token_weight != 1
+        if weighted and (self.loss_type != "nll" or self.label_smoothing_factor):
+            raise ValueError(
+                "mode_weights, normalise_by_mode, control_token_weight: only for loss_type='nll' without label "
+                "smoothing."
+            )
+
+    @property
+    def loss_weights(self) -> ModeWeights:
+        """`mode_weights` and `normalise_by_mode`, read."""
+        return ModeWeights.parse(self.mode_weights, self.normalise_by_mode)
 
     def preparation(self, max_length: int | None, records: RecordOptions | None = None) -> dict[str, Any]:
         """What `prepare` is given; `records` are the options of reading, to which the policies of this are added."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,10 +26,13 @@ from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replie
 from thinkfusion.generation import Sampling
 from thinkfusion.modes import Mode
 from thinkfusion.moe import lora_config
-from thinkfusion.packing import PaddingCollator
+from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
+from thinkfusion.rendering import IGNORED
 from thinkfusion.row_report import RowReport
 from thinkfusion.sequences import MODES
+from thinkfusion.tree_attention import RowLayout, check_implementation, tree_attention, why_not_trees
+from thinkfusion.trees import trunk_is_non_thinking
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +99,12 @@ class ThinkFusionTrainer(SFTTrainer):
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if args.max_length is not None and limit is not None and args.max_length > limit:
             raise ValueError(f"max_length: {args.max_length:,} is more than the model's {limit:,} positions.")
-        self._longest = args.max_length or limit
+        self._longest = args.max_length or min(
+            (given for given in (args.tokens_per_row, limit) if given is not None), default=None
+        )
+        self.sequence_layout = _possible_layout(model, args.sequence_layout)
+        if self.sequence_layout != "padded" and kwargs.get("data_collator") is not None:
+            raise ValueError("data_collator: rows have their own; set sequence_layout='padded' to use another.")
         train_dataset, self.row_report = self._prepared(train_dataset, tokenizer, args)
         if eval_dataset is not None:
             eval_dataset, _ = self._prepared(eval_dataset, tokenizer, args)
@@ -103,12 +112,14 @@ class ThinkFusionTrainer(SFTTrainer):
         args.max_length = None
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         args.remove_unused_columns = False
+        self._weights = args.loss_weights
+        self._step_factors: torch.Tensor | None = None
         self._mode_sums = {"train": _ModeSums(), "eval": _ModeSums()}
         self._mode_tokens = dict.fromkeys(MODES, 0)
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or PaddingCollator(tokenizer.pad_token_id),
+            data_collator=kwargs.pop("data_collator", None) or self._collator(tokenizer),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -120,6 +131,30 @@ class ThinkFusionTrainer(SFTTrainer):
             # TRL's fused head reads `bias`, which peft's wrapper of a layer without one lacks (trl 1.16, peft 0.21).
             # Set beside torch's bookkeeping, so that a bias that is there is not registered twice.
             head.__dict__["bias"] = head.original_module.bias
+        if self.sequence_layout != "padded":
+            self.train_dataset = self._rows(train_dataset, args.train_batch_size)
+            self.eval_dataset = None if eval_dataset is None else self._rows(eval_dataset, args.eval_batch_size)
+
+    def _collator(self, tokenizer: PreTrainedTokenizerBase) -> PaddingCollator | RowCollator:
+        if self.sequence_layout == "padded":
+            return PaddingCollator(tokenizer.pad_token_id)
+        # FlexAttention works in blocks of 128.
+        return RowCollator(tokenizer.pad_token_id, 128 if torch.cuda.is_available() else 1)
+
+    def _rows(self, sequences: Dataset | IterableDataset, batch_size: int) -> PackedRows | StreamedRows:
+        """The rows that are trained on, of the sequences that `prepare` made."""
+        layout = Layout(
+            self.sequence_layout,
+            self.args.tokens_per_row,
+            trunk_is_non_thinking(self.processing_class),
+            ordered=self.args.mixture == "sequential",
+            rows_at_once=1 if self.args.world_size == 1 else self.args.world_size * batch_size,
+        )
+        if isinstance(sequences, IterableDataset):
+            return StreamedRows(sequences, layout)
+        rows = PackedRows(sequences, layout)
+        logger.info("%s", rows.report)
+        return rows
 
     def _prepared(
         self, rows: Any, tokenizer: PreTrainedTokenizerBase, args: ThinkFusionConfig
@@ -134,9 +169,38 @@ class ThinkFusionTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """An ordered mixture keeps its order, which the usual random sampler would undo."""
-        if self.args.mixture == "sequential":
-            return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.mixture == "sequential" or self.args.train_sampling_strategy == "sequential":
+            return SequentialSampler(rows)
+        if isinstance(rows, PackedRows):
+            return RowSampler(rows, self.args.seed if self.args.data_seed is None else self.args.data_seed)
         return super()._get_train_sampler(train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """What the sum of a step's losses is divided by: its trained tokens, or what stands for them under weights."""
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if items is None or self._weights.plain:
+            return items
+        counts = torch.stack([_counts_by_mode(batch["modes"], batch["labels"]) for batch in batch_samples]).sum(0)
+        counts = counts.to(device)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        self._step_factors, divisor = self._weights.factors(counts)
+        return divisor
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A step forward and backward, under the attention of rows."""
+        with self._attention():
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+            return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A step of the evaluation, under the attention of rows."""
+        with self._attention():
+            return super().prediction_step(*args, **kwargs)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.sequence_layout == "padded" else tree_attention(self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load all weights at a resume.
@@ -173,22 +237,46 @@ class ThinkFusionTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """TRL's loss (mean over trained tokens), noting the share of each mode on the way."""
-        modes = inputs.pop("mode")
-        weight, closing = self.args.control_token_weight, self._closing_id
+        """TRL's loss, the mean over trained tokens (or as `mode_weights` say), noting the share of each mode."""
+        modes, nodes = inputs.pop("modes"), inputs.pop("nodes", None)
+        weight, closing, labels = self.args.control_token_weight, self._closing_id, inputs["labels"]
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def forward(**arguments: Any) -> Any:
+            if nodes is not None:
+                arguments["tree_layout"] = RowLayout(nodes)
             outputs = model(**arguments)
+            if nodes is not None:
+                self._check_attention(arguments["tree_layout"])
             if getattr(outputs, "log_probs", None) is not None:
                 seen.append((-outputs.log_probs.detach(), outputs.label_mask))
                 if weight != 1 and self.model.training:
-                    outputs.log_probs = weigh_closing_token(outputs.log_probs, inputs["labels"], closing, weight)
+                    outputs.log_probs = weigh_closing_token(outputs.log_probs, labels, closing, weight)
+                if not self._weights.plain:
+                    factors = self._factors(_counts_by_mode(modes, labels), num_items_in_batch)
+                    outputs.log_probs = outputs.log_probs * factors[modes[:, 1:]].to(outputs.log_probs)
             return outputs
 
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
-        self._mode_sums["train" if self.model.training else "eval"].add(modes, *seen[0])
+        self._mode_sums["train" if self.model.training else "eval"].add(modes[:, 1:], *seen[0])
         return result
+
+    def _factors(self, counts: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        """By which the loss of each mode's tokens is multiplied: of the whole step, or of a batch that stands alone."""
+        if num_items_in_batch is not None:
+            assert self._step_factors is not None
+            return self._step_factors
+        factors, divisor = self._weights.factors(counts)
+        return factors * counts.sum() / divisor.clamp(min=torch.finfo(divisor.dtype).tiny)
+
+    def _check_attention(self, layout: RowLayout) -> None:
+        """What a row holds is kept apart by the attention alone, so every layer must have used ours."""
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if layout.layers < layers:
+            raise ValueError(
+                f"sequence_layout: {layout.layers} of the model's {layers} layers took the attention of rows, so that "
+                "others would have mixed them. Set sequence_layout='padded' (--sequence_layout padded)."
+            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's optimizer, with the control tokens' own learning rate in it."""
@@ -212,6 +300,10 @@ class ThinkFusionTrainer(SFTTrainer):
         sums, self._mode_sums[name] = self._mode_sums[name], _ModeSums()
         losses, counts = sums.totals(self.accelerator)
         prefix = "" if name == "train" else "eval_"
+        if name == "eval" and "eval_loss" in logs and any(counts):
+            # Over all tokens: a mean of the batches' means would depend on how rows are laid.
+            factors, divisor = self._weights.factors(torch.tensor(counts, dtype=torch.double))
+            logs["eval_loss"] = float((factors * torch.tensor(losses, dtype=torch.double)).sum() / divisor)
         for mode, loss, count in zip(MODES, losses, counts, strict=True):
             if count:
                 logs[f"{prefix}loss_{mode}"] = loss / count
@@ -243,6 +335,25 @@ def _check_new_tokens_train(model: PreTrainedModel, peft_config: Any, control_id
         )
 
 
+def _counts_by_mode(modes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Trained tokens of each mode, (modes,); both (batch, length), labels not yet shifted."""
+    trained = modes[:, 1:][labels[:, 1:] != IGNORED]
+    return torch.bincount(trained.flatten(), minlength=len(MODES))
+
+
+def _possible_layout(model: PreTrainedModel, wanted: str) -> str:
+    """The layout that the model allows: one whose layers cannot branch gets padded sequences, and the log says so."""
+    if wanted == "padded":
+        return wanted
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    reason = why_not_trees(base)
+    if reason is not None:
+        logger.warning("sequence_layout: 'padded' in place of %r, since %s.", wanted, reason)
+        return "padded"
+    check_implementation(base)
+    return wanted
+
+
 class _ModeSums:
     """Summed loss and trained tokens of each mode, on the device until they are asked for."""
 
@@ -250,10 +361,9 @@ class _ModeSums:
         self.parts: list[torch.Tensor] = []
 
     def add(self, modes: torch.Tensor, losses: torch.Tensor, mask: torch.Tensor) -> None:
-        """modes: (batch,); losses and mask: (batch, length)."""
-        per_row = torch.stack([losses.double().sum(1), mask.double().sum(1)])  # (2, batch)
-        chosen = torch.nn.functional.one_hot(modes, len(MODES)).double()  # (batch, modes)
-        self.parts.append(per_row @ chosen)  # (2, modes)
+        """All (batch, length)."""
+        per_token = torch.stack([losses.flatten(), mask.flatten()]).double()  # (2, tokens)
+        self.parts.append(per_token @ torch.nn.functional.one_hot(modes.flatten(), len(MODES)).double())  # (2, modes)
 
     def totals(self, accelerator: Any) -> tuple[list[float], list[float]]:
         own = sum(self.parts, torch.zeros(2, len(MODES), dtype=torch.double, device=accelerator.device))

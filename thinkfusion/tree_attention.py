@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 IMPLEMENTATION = "thinkfusion_tree"
@@ -225,7 +225,7 @@ def tree_attention(model: torch.nn.Module) -> Iterator[None]:
     The backward pass belongs inside too, if layers are checkpointed.
     """
     given = [getattr(module, "config", None) for module in model.modules()]
-    configs: list[Any] = list({id(config): config for config in given if config is not None}.values())
+    configs = list({id(config): config for config in given if isinstance(config, PretrainedConfig)}.values())
     before = [(config, config._attn_implementation) for config in configs]
     for config, _ in before:
         config._attn_implementation = IMPLEMENTATION
