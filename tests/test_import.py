@@ -16,14 +16,15 @@ FOLDER = Path(thinkfusion.__file__).parent
 ORDER = [
     *("modes", "tasks", "reading", "texts", "tool_calls", "messages", "conversations", "formats", "sources"),
     *("row_report", "records", "mixture", "shortening", "dialects", "chat_templates", "tokenising", "rendering"),
-    *("sequences", "storing", "preparing", "trees", "tree_attention", "packing", "weighting", "moe", "generation", "evaluation"),
-    *("reporting",),
+    *("sequences", "storing", "preparing", "trees", "tree_attention", "packing", "weighting", "moe", "generation"),
+    *("evaluation", "reporting"),
     *(
         "checkpointing",
         "launching",
         "control_tokens",
         "configuration",
         "training",
+        "tree_drawing",
         "inspecting",
         "displaying",
         "flags",

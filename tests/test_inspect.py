@@ -12,11 +12,12 @@ import pytest
 from tests.families import CASES, TOOLS, family_tokenizer
 from thinkfusion.cli import main
 from thinkfusion.conversations import Conversation
-from thinkfusion.displaying import GUTTER, _columns, _wrapped
+from thinkfusion.displaying import GUTTER, _wrapped
 from thinkfusion.flags import HELP, OPTIONS
 from thinkfusion.inspecting import load_tokenizer, pieces_of
 from thinkfusion.modes import Mode
 from thinkfusion.rendering import Renderer
+from thinkfusion.tree_drawing import columns
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ESCAPE = "\x1b[2J\x1b[31m"
@@ -502,7 +503,7 @@ def test_lines_are_as_wide_as_the_terminal(file, inspect, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     row = {"question": "가나다 라마바사 " * 12 + "🏙️" * 9, "reasoning": "word " * 50, "answer": "y" * 200}
     shown = [line for line in inspect(file([row]))[1].splitlines() if "│" in line]
-    widths = [sum(map(_columns, line)) for line in shown]
+    widths = [sum(map(columns, line)) for line in shown]
     assert max(widths) <= 60 + 1  # and the sign of a line's end
     assert max(widths) > 50
     assert all(line.endswith(("word", "</think>⟧")) for line in shown if "word" in line)

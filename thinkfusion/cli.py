@@ -86,6 +86,10 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--samples", type=_not_negative, default=3, help="how many rows are shown (default 3)")
     shown.add_argument("--row", type=_positive, metavar="N", help="show the row of this number, skipped or not")
+    shown.add_argument(
+        "--tree", action="store_true", help="draw the fusion trees of these rows, and count their tokens"
+    )
+    shown.add_argument("--svg", metavar="FILE", help="write a picture of the first of these trees")
     shown.add_argument("--strict", action="store_true", help="end with an error at the first bad row")
     shown.add_argument("--json", action="store_true", help="print the totals as one JSON object, and nothing else")
     shown.add_argument("--html", metavar="FILE", help="write a page that shows the same")
@@ -232,7 +236,7 @@ def _say(
 def _inspect(options: argparse.Namespace) -> int:
     """Print what training would learn; 1 if it would learn nothing."""
     plan, sources = _plan(options), _sources(options)
-    from thinkfusion.displaying import html_page, terminal_text
+    from thinkfusion.displaying import html_page, terminal_text, tree_picture
     from thinkfusion.inspecting import inspect_sources, load_tokenizer
 
     _quiet()
@@ -240,13 +244,20 @@ def _inspect(options: argparse.Namespace) -> int:
         options.model, scheme=options.scheme, dialect=options.dialect, trust_remote_code=options.trust_remote_code
     )
     inspection = inspect_sources(
-        sources, tokenizer, plan, samples=options.samples, row=options.row, processes=options.processes
+        sources,
+        tokenizer,
+        plan,
+        samples=options.samples,
+        row=options.row,
+        processes=options.processes,
+        trees=options.tree or options.svg is not None,
     )
     if options.report is not None:
         inspection.report.save(options.report)
     if options.html is not None:
-        Path(options.html).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.html).write_text(html_page(inspection), encoding="utf-8")
+        _write(options.html, html_page(inspection))
+    if options.svg is not None:
+        _write(options.svg, tree_picture(inspection))
     if options.json:
         print(json.dumps(inspection.to_dict()))
     else:
@@ -255,6 +266,11 @@ def _inspect(options: argparse.Namespace) -> int:
         width = shutil.get_terminal_size((100, 24)).columns
         print(terminal_text(inspection, colours=_colours(options.color), width=width), end="", flush=True)
     return 0 if inspection.report.kept else 1
+
+
+def _write(path: str, text: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def _plan(options: argparse.Namespace) -> Plan:

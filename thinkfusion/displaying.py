@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from importlib.resources import files
@@ -14,6 +13,7 @@ from typing import Any
 from thinkfusion.inspecting import KINDS, Inspection, Piece, Sample, View
 from thinkfusion.modes import Mode
 from thinkfusion.row_report import RowReport, printable
+from thinkfusion.tree_drawing import KIND_OF, LETTERS, Run, Sketch, apart, columns, strips, svg
 
 COLOURS = {"prompt": "2", "prefix": "1;35", "reasoning": "36", "answer": "32", "untrained": "2;3"}
 """The SGR codes of each kind of text; a control token has its colours inverted."""
@@ -21,6 +21,8 @@ INVERSE, UNDERLINED, DIM, BOLD, RED, YELLOW = "7", "4", "2", "1", "31", "33"
 LONGEST_TEXT, KEPT_START, KEPT_END = 700, 450, 150
 GUTTER = 2 + max(map(len, KINDS))
 NARROWEST, WIDEST = 20, 110
+TREE_GUTTER, TREE_FIGURES = 17, 17
+CONTEXT = ("prompt", "untrained")
 NEW_LINE, OPENED, CLOSED = "↵", "⟦", "⟧"
 PAGE_EXAMPLES = 100
 LEFT_OUT = "a good row, but the mixture leaves it out (weight, ratio or cap)."
@@ -41,6 +43,7 @@ class _Terminal:
     def __init__(self, inspection: Inspection, *, colours: bool, width: int) -> None:
         self.inspection, self.colours = inspection, colours
         self.width = max(NARROWEST, min(width, WIDEST) - GUTTER - 3)
+        self.whole_width = max(NARROWEST + TREE_GUTTER + TREE_FIGURES, min(width, WIDEST))
         self.split_lookalikes = _splitter(inspection.lookalikes)
 
     def lines(self) -> Iterator[str]:
@@ -59,7 +62,8 @@ class _Terminal:
             yield self._styled(inspection.advice, YELLOW)
         yield from (self._styled(f"Training would stop: {_one_line(text)}", RED) for text in inspection.problems)
         if any(sample.views for sample in inspection.samples):
-            yield from ("", self._legend())
+            yield ""
+            yield from self._tree_legend() if inspection.with_trees else [self._legend()]
         for sample in inspection.samples:
             yield from self._sample(sample)
 
@@ -90,7 +94,9 @@ class _Terminal:
         else:
             yield from ("", self._styled(place, BOLD))
             yield from (self._styled(f"  {_one_line(note)}", YELLOW) for note in _notes(sample))
-        for number, view in enumerate(sample.views):
+        for drawn in sample.trees:
+            yield from self._tree(drawn)
+        for number, view in enumerate([] if self.inspection.with_trees else sample.views):
             yield from ([""] if number else [])
             yield f"  {_heading(view)}"
             for kind, pieces in _blocks(view.pieces):
@@ -129,6 +135,102 @@ class _Terminal:
                 if letter == "\n":
                     yield NEW_LINE, DIM
                 yield letter, style
+
+    # A tree: to scale, then the trunk from top to bottom with its branches, then its tokens.
+
+    def _tree_legend(self) -> Iterator[str]:
+        token = self._styled(" … ", INVERSE) if self.colours else f"{OPENED}…{CLOSED}"
+        letters = [self._styled(f"{letter} {role}", COLOURS[_kind_of(role)]) for role, letter in LETTERS.items()]
+        yield "  ".join(letters)
+        yield f"capitals are in the loss; {token} is a control token of a prompt"
+
+    def _tree(self, drawn: Sketch) -> Iterator[str]:
+        if drawn.copies > 1:
+            yield self._styled(f"  trained {drawn.copies} times, in so many trees", YELLOW)
+        yield from ("", *self._strips(drawn), "")
+        yield f"{'':{self.whole_width - TREE_FIGURES}}{'tokens':>8}{'trained':>9}"
+        yield from self._node_heading("  ", drawn, 0)
+        yield from self._trunk(drawn)
+        yield from ("", *self._account(drawn))
+
+    def _strips(self, drawn: Sketch) -> Iterator[str]:
+        kinds = {letter: COLOURS[_kind_of(role)] for role, letter in LETTERS.items()}
+        names = ["trunk", *(f"turn {turn}" for turn in drawn.turns[1:])] if len(drawn.turns) > 1 else ["tokens"]
+        gutter = max(map(len, names)) + 5
+        for number, (name, (start, letters)) in enumerate(
+            zip(names, strips(drawn, self.whole_width - gutter), strict=True)
+        ):
+            fork = "└" if number else ""
+            coloured = "".join(
+                self._styled(text, kind) for text, kind in _runs([(each, kinds[each]) for each in letters])
+            )
+            yield f"  {name:{gutter - 4}}{fork:>{start + 1}}{coloured}"
+
+    def _trunk(self, drawn: Sketch) -> Iterator[str]:
+        items = [item for run, nodes in drawn.branches() for item in ([run] if run else []) + nodes]
+        for number, item in enumerate(items):
+            last = number == len(items) - 1
+            if isinstance(item, Run):
+                yield self._run_line("╵" if last else "│", item)
+                continue
+            yield from self._node_heading(f"  {'╰' if last else '├'}─╮ ", drawn, item)
+            *runs, end = drawn.runs[item]
+            line = " " if last else "│"
+            yield from (self._run_line(f"{line} │", run) for run in runs)
+            yield self._run_line(f"{line} ╵", end)
+
+    def _node_heading(self, before: str, drawn: Sketch, node: int) -> Iterator[str]:
+        name = drawn.heading(node) + (f": sees {drawn.tree.forks[node]:,} tokens of the trunk" if node else "")
+        trained = sum(run.trained for run in drawn.runs[node])
+        room = self.whole_width - TREE_FIGURES - len(before)
+        figures = f"{drawn.tree.lengths[node]:>8,}{trained or '':>9,}" if trained else f"{drawn.tree.lengths[node]:>8,}"
+        yield before + self._styled(f"{name:{room}}{figures}", BOLD)
+
+    def _run_line(self, graph: str, run: Run) -> str:
+        kind = _kind_of(run.role)
+        colour, room = COLOURS[kind], self.whole_width - TREE_GUTTER - TREE_FIGURES
+        units = [unit for text, control in run.texts for unit in self._units(kind, text, control)]
+        # What a model writes is told by its beginning and its end, what it is given by its beginning.
+        cells = _fitted(units, room, both_ends=kind not in CONTEXT)
+        text = "".join(self._styled(letters, style) for letters, style in _runs(cells))
+        padding = " " * (room - sum(columns(letter) for letter, _ in cells))
+        trained = self._styled(f"{run.trained:>9,}", colour) if run.trained else ""
+        label = f"  {graph} {run.role}"
+        label = f"  {graph} {self._styled(run.role, colour)}{'':{TREE_GUTTER - len(label)}}"
+        return f"{label}{text}{padding}{run.tokens:>8,}{trained}"
+
+    def _units(self, kind: str, text: str, control: bool) -> Iterator[list[Cell]]:
+        """What may be left out only as a whole: a letter, or a control token."""
+        if control:
+            yield [*self._cells(Piece("…" if kind in CONTEXT else text, kind, control))]
+            return
+        yield from ([cell] for cell in self._cells(Piece(text, kind)) if cell[0] != "\n")
+
+    def _account(self, drawn: Sketch) -> Iterator[str]:
+        trained = drawn.trained()
+        parts = [f"{count:,} {mode.value.replace('_', '-')}" for mode, count in trained.items()]
+        yield f"  the tree has {len(drawn.tree):,} tokens; trained are {' and '.join(parts)}"
+        yield f"  {apart(drawn)}"
+
+
+def _kind_of(role: str) -> str:
+    return KIND_OF.get(role, role)
+
+
+def _fitted(units: Sequence[Sequence[Cell]], width: int, *, both_ends: bool) -> list[Cell]:
+    """The units if they fit, else their beginning, and perhaps their end, with a sign for what is left out."""
+    widths = [sum(columns(letter) for letter, _ in unit) for unit in units]
+    if sum(widths) <= width:
+        return [cell for unit in units for cell in unit]
+    end, room = len(units), max(width // 3, min(widths[-1], width // 2)) if both_ends else 0
+    while room and widths[end - 1] <= room:
+        end -= 1
+        room -= widths[end]
+    start, room = 0, width - 1 - sum(widths[end:])
+    while widths[start] <= room:
+        room -= widths[start]
+        start += 1
+    return [cell for unit in [*units[:start], [("…", YELLOW)], *units[end:]] for cell in unit]
 
 
 def _splitter(lookalikes: Iterable[str]) -> Any:
@@ -182,23 +284,16 @@ def _wrapped(cells: Iterable[Cell], width: int) -> Iterator[list[Cell]]:
             yield line
             line, used = [], 0
             continue
-        used += _columns(cell[0])
+        used += columns(cell[0])
         if used > width and cell[0] != NEW_LINE:
             spaces = [index for index, (letter, _) in enumerate(line) if letter == " " and index > len(line) // 2]
             cut = spaces[-1] + 1 if spaces else len(line)
             yield line[:cut]
             line = line[cut:]
-            used = sum(_columns(letter) for letter, _ in line) + _columns(cell[0])
+            used = sum(columns(letter) for letter, _ in line) + columns(cell[0])
         line.append(cell)
     if line:
         yield line
-
-
-def _columns(letter: str) -> int:
-    """Columns of a terminal: East Asian letters and emoji take two, what joins or combines takes none."""
-    if unicodedata.combining(letter) or unicodedata.category(letter) in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 def _runs(line: Sequence[Cell]) -> list[Cell]:
@@ -324,7 +419,8 @@ def _page_sample(sample: Sample, split: Any) -> str:
         + "</section>"
         for view in sample.views
     )
-    return f'<article class="row"><h3>{place}</h3>{notes}{views}</article>'
+    trees = "".join(f'<div class="wide">{svg(tree, style="")}</div>' for tree in sample.trees)
+    return f'<article class="row"><h3>{place}</h3>{notes}{trees}{views}</article>'
 
 
 def _page_lines(pieces: Sequence[Piece], split: Any) -> Iterator[str]:
@@ -347,3 +443,11 @@ def _page_text(text: str, split: Any) -> str:
     parts = [_text(part) for part in split(text)]
     parts[1::2] = [f'<span class="alike" title="text, not a control token">{part}</span>' for part in parts[1::2]]
     return "".join(parts)
+
+
+def tree_picture(inspection: Inspection) -> str:
+    """An SVG of the first tree; raises ValueError if no row that is shown has one."""
+    trees = [tree for sample in inspection.samples for tree in sample.trees]
+    if not trees:
+        raise ValueError("no row that is shown is trained, so there is no tree to draw (--row, --samples).")
+    return svg(trees[0])

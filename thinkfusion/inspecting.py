@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice, zip_longest
+from itertools import compress, islice, pairwise, zip_longest
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,8 @@ from thinkfusion.rendering import Renderer, Segment, Target
 from thinkfusion.row_report import RowReport
 from thinkfusion.sequences import Chunk, Plan, Prepared, SequenceMaker
 from thinkfusion.sources import Source, as_sources
+from thinkfusion.tree_drawing import HEADER, Labelled, Sketch, sketch
+from thinkfusion.trees import TrainingSequence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,13 +63,17 @@ class View:
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: its training sequences, or the entry of the row report that says why it has none."""
+    """One row: its training sequences, or the entry of the row report that says why it has none.
+
+    trees: what training would make of them, if asked for; several if copies of the row are trained in different modes.
+    """
 
     source: str
     line: int
     notes: list[Note] = field(default_factory=list)
     views: list[View] = field(default_factory=list)
     skipped: dict[str, Any] | None = None
+    trees: list[Sketch] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Inspection:
     """What training would make of sources.
 
     examples: the first skipped or altered row of each reason, unless one row is asked for.
-    problems: what would stop training. samples: some rows.
+    problems: what would stop training. samples: some rows; with_trees: whether their trees were asked for.
     lookalikes: all strings that are control tokens where they are markup, and text in the data.
     """
 
@@ -84,10 +91,18 @@ class Inspection:
     problems: list[str]
     samples: list[Sample]
     lookalikes: tuple[str, ...]
+    with_trees: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The totals of the row report, and the problems, as plain JSON values."""
-        return {**self.report.to_dict(), "problems": self.problems}
+        """The totals of the row report, the problems, and the trees if asked for, as plain JSON values."""
+        totals = {**self.report.to_dict(), "problems": self.problems}
+        if self.with_trees:
+            totals["trees"] = [
+                {"source": sample.source, "row": sample.line, **tree.to_dict()}
+                for sample in self.samples
+                for tree in sample.trees
+            ]
+        return totals
 
     @property
     def advice(self) -> str:
@@ -139,8 +154,11 @@ def inspect_sources(
     samples: int = 3,
     row: int | None = None,
     processes: int = 1,
+    trees: bool = False,
 ) -> Inspection:
     """Read all sources as training would, and look at the first rows of each, or at those of the number `row`.
+
+    trees: make their fusion trees too.
 
     Raises DataError for a bad row unless the plan skips them, and ValueError if no source has a row of that number.
     """
@@ -151,7 +169,7 @@ def inspect_sources(
     if row is not None and not watch.met:
         raise ValueError(f"there is no row {row}; rows are numbered from 1 to {watch.last_line:,} (--row).")
     places = watch.first(chosen, samples) if row is None else [(name, row) for name in watch.met]
-    shown = _Shown(tokenizer, plan, {place: watch.numbers(place, chosen) for place in places})
+    shown = _Shown(tokenizer, plan, {place: watch.numbers(place, chosen) for place in places}, trees=trees)
     found = {(sample.source, sample.line): sample for sample in shown.read(files)}
     if row is not None:
         found |= {(entry.source, entry.line): entry for entry in _skipped(report, row)}
@@ -163,6 +181,7 @@ def inspect_sources(
         problems,
         [found[place] for place in places],
         tuple(text for text in tokenizer.get_added_vocab() if text.strip()),
+        trees,
     )
 
 
@@ -231,9 +250,14 @@ class _Shown:
     """Reads single rows again, as the pieces that are trained."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, plan: Plan, wanted: dict[tuple[str, int], list[bool]]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: Plan,
+        wanted: dict[tuple[str, int], list[bool]],
+        *,
+        trees: bool = False,
     ) -> None:
-        self.make, self.records, self.wanted = SequenceMaker(tokenizer, plan), plan.records, wanted
+        self.make, self.records, self.wanted, self.trees = SequenceMaker(tokenizer, plan), plan.records, wanted, trees
         self.renderer: Renderer = self.make.renderer
 
     def read(self, sources: Sequence[Source]) -> Iterator[Sample]:
@@ -264,14 +288,42 @@ class _Shown:
             for number, (target, each) in enumerate(zip(targets, rendered, strict=True))
             if any(trained[number :: len(targets)])
         ]
-        return Sample(*place, outcome.notes, views)
+        return Sample(*place, outcome.notes, views, trees=self._trees(conversation, trained) if self.trees else [])
+
+    def _trees(self, conversation: Conversation, trained: list[bool]) -> list[Sketch]:
+        """The trees of a row; `trained` says of each sequence, one copy after another, whether it is trained on."""
+        import numpy as np
+
+        targets, rendered = self.renderer.targets(conversation), self.renderer.render([conversation])[0]
+        labelled = [
+            Labelled(
+                TrainingSequence(np.array(each.ids, dtype=np.int32), np.array(each.labels, dtype=np.int32), each.mode),
+                roles_of(self.renderer, conversation, target),
+                target.last + 1,
+            )
+            for target, each in zip(targets, rendered, strict=True)
+        ]
+        copies = Counter(tuple(trained[start : start + len(targets)]) for start in range(0, len(trained), len(targets)))
+        chosen = [(list(compress(labelled, flags)), count) for flags, count in copies.items()]
+        return [
+            sketch(kept, self.renderer.tokenizer, count)
+            for kept, count in chosen
+            if any(each.sequence.first_trained < len(each.sequence.ids) for each in kept)
+        ]
 
 
 def pieces_of(renderer: Renderer, conversation: Conversation, target: Target) -> list[Piece]:
     """A training sequence as pieces; what follows the last trained one is left out, as in training."""
+    segments, kinds = _kinds(renderer, conversation, target)
+    return _joined([Piece(part.text, kind, part.control) for part, kind in zip(segments, kinds, strict=True)])
+
+
+def _kinds(renderer: Renderer, conversation: Conversation, target: Target) -> tuple[list[Segment], list[str]]:
+    """The segments up to the last trained one, and which of KINDS each of them is."""
     segments = renderer.segments(conversation, target)
     last = max((index for index, segment in enumerate(segments) if segment.trained), default=len(segments) - 1)
-    kinds = ["answer" if segment.trained else "untrained" for segment in segments[: last + 1]]
+    segments = segments[: last + 1]
+    kinds = ["answer" if segment.trained else "untrained" for segment in segments]
     prefix = "".join(renderer.scheme.prefix(target.mode))
     starts = [*_answer_starts(renderer, conversation, target)]
     for start in starts:
@@ -281,7 +333,44 @@ def pieces_of(renderer: Renderer, conversation: Conversation, target: Target) ->
             kinds[index] = "prefix"
     first = min(starts, default=0)
     kinds[:first] = ["prompt" if kind == "untrained" else kind for kind in kinds[:first]]
-    return _joined([Piece(part.text, kind, part.control) for part, kind in zip(segments, kinds, strict=False)])
+    return segments, kinds
+
+
+def roles_of(renderer: Renderer, conversation: Conversation, target: Target) -> list[str]:
+    """For each token of a training sequence its role: one of `tree_drawing.LETTERS`, or HEADER.
+
+    Where a token lies on both sides of a border, which it does only within text of one kind of loss, it is counted to
+    one of them.
+    """
+    segments, roles = _kinds(renderer, conversation, target)
+    start = 0
+    # A target that trains nothing is laid out in turns: what opens, then a user, what answers, and so on.
+    for number, part in enumerate(renderer.parts(conversation, replace(target, trained=frozenset()))):
+        stop, exchange = min(start + len(part), len(roles)), number // 2 - 1
+        context = [index for index in range(start, stop) if roles[index] in ("prompt", "untrained")]
+        for index in context:
+            roles[index] = "system" if not number else "user" if number % 2 else "history"
+        if number and not number % 2 and exchange in target.trained:
+            _within_answer(roles, context, stop, _header_end(renderer, conversation, target.mode, exchange))
+        start = stop
+    ends = [index for index in range(1, len(roles)) if roles[index] != roles[index - 1]] + [len(roles)]
+    tokens = [0, *(len(ids) for ids, _ in renderer.encode([segments[:end] for end in ends]))]
+    counts = [stop - start for start, stop in pairwise(tokens)]
+    return [roles[end - 1] for end, count in zip(ends, counts, strict=True) for _ in range(count)]
+
+
+def _within_answer(roles: list[str], context: Sequence[int], stop: int, header_end: int) -> None:
+    """Tell apart the context in a trained answer: its header, what stands between, and the gap before the next user."""
+    inside = max((index for index in range(context[0], stop) if index not in context), default=stop) if context else 0
+    for index in context:
+        roles[index] = HEADER if index < header_end else "user" if index > inside else "untrained"
+
+
+def _header_end(renderer: Renderer, conversation: Conversation, mode: Mode, exchange: int) -> int:
+    """How many segments stand before what announces the mode to the answer of an exchange."""
+    before = replace(conversation, exchanges=conversation.exchanges[:exchange])
+    prompt = renderer.prompt_segments(before, mode, [conversation.exchanges[exchange].user])
+    return _before(prompt, len(prompt), "".join(renderer.scheme.prefix(mode)))
 
 
 def _answer_starts(renderer: Renderer, conversation: Conversation, target: Target) -> Iterator[int]:
