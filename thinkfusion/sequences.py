@@ -266,8 +266,8 @@ class SequenceMaker:
             return draft
         raise DataError(
             "too_long",
-            f"the row has {longest:,} tokens, and max_length is {limit:,}. Raise it (and tokens_per_row), or leave such rows "
-            "out with on_long_row='drop' (--on_long_row drop), or shorten them with 'shorten_reasoning'.",
+            f"the row has {longest:,} tokens, and max_length is {limit:,}. Raise it (and tokens_per_row), or leave "
+            "such rows out with on_long_row='drop' (--on_long_row drop), or shorten them with 'shorten_reasoning'.",
         )
 
     def _shorten(self, draft: _Draft, limit: int) -> bool:
