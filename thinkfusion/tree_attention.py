@@ -10,9 +10,10 @@ the name `IMPLEMENTATION`, which a model has only within `tree_attention`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ REPLACED = (None, "sdpa", "eager", "flex_attention")
 """The implementations in whose place ours computes the same; others are asked for by name and cannot take a mask."""
 BRANCHING_LAYERS = {"full_attention", "sliding_attention", "attention"}
 QUERIES_PER_BLOCK = 1024
+GROUPED_TOKENS = 512
+"""Small trees are computed together under one mask, up to so many tokens: less work than a call for each node."""
 
 
 class Node(NamedTuple):
@@ -68,10 +71,32 @@ class RowLayout:
         self._block_masks: dict[int | None, Any] = {}
 
     def blocks(self, window: int | None, device: torch.device) -> list[_Block]:
-        """The node's queries in blocks, each with its keys; `window` is how many positions a token sees, or all."""
+        """The queries in blocks, each with its keys; `window` is how many positions a token sees, or all."""
         if (window, device) not in self._blocks:
-            self._blocks[window, device] = [block for node in self.nodes for block in _blocks_of(node, window, device)]
+            blocks: list[_Block] = []
+            for nodes in self._groups():
+                if len(nodes) == 1 or nodes[-1].stop - nodes[0].start > GROUPED_TOKENS:
+                    blocks += [block for node in nodes for block in _blocks_of(node, window, device)]
+                else:
+                    blocks.append(self._grouped(slice(nodes[0].start, nodes[-1].stop), window, device))
+            self._blocks[window, device] = blocks
         return self._blocks[window, device]
+
+    def _groups(self) -> Iterator[list[Node]]:
+        """The nodes of whole trees, as many of them together as are small."""
+        group: list[Node] = []
+        for _, tree in groupby(self.nodes, lambda node: node.trunk):
+            nodes = list(tree)
+            if group and nodes[-1].stop - group[0].start > GROUPED_TOKENS:
+                yield group
+                group = []
+            group += nodes
+        yield group
+
+    def _grouped(self, at: slice, window: int | None, device: torch.device) -> _Block:
+        numbers = torch.arange(at.start, at.stop)
+        mask = self._visible(window, torch.device("cpu"))(None, None, numbers[:, None], numbers)
+        return _Block(at, slice(at.start, at.start), at, mask.to(device), False)
 
     @cached_property
     def _numbers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,21 +111,26 @@ class RowLayout:
         document, fork = each([given.trunk for given in self.nodes]), each([given.fork for given in self.nodes])
         return document, each(node), fork, torch.arange(self.tokens) + offset
 
+    def _visible(self, window: int | None, device: torch.device) -> Callable[..., torch.Tensor]:
+        """Whether a query sees a key, as FlexAttention asks it: of indices in the row, of any shape."""
+        document, node, fork, position = (each.to(device) for each in self._numbers)
+
+        def visible(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            own = (node[query] == node[key]) & (query >= key)
+            trunk = (node[key] == -1) & (position[key] < fork[query])
+            seen = (document[query] == document[key]) & (own | trunk)
+            return seen if window is None else seen & (position[query] - position[key] < window)
+
+        return visible
+
     def block_mask(self, window: int | None, device: torch.device) -> Any:
         """The same visibility for FlexAttention; made once, and shared by the layers of one window."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         if window not in self._block_masks:
-            document, node, fork, position = (each.to(device) for each in self._numbers)
-
-            def visible(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-                own = (node[query] == node[key]) & (query >= key)
-                trunk = (node[key] == -1) & (position[key] < fork[query])
-                seen = (document[query] == document[key]) & (own | trunk)
-                return seen if window is None else seen & (position[query] - position[key] < window)
-
+            size, compiled = (None, None, self.tokens, self.tokens), device.type == "cuda"
             self._block_masks[window] = create_block_mask(
-                visible, None, None, self.tokens, self.tokens, device=str(device), _compile=device.type == "cuda"
+                self._visible(window, device), *size, device=str(device), _compile=compiled
             )
         return self._block_masks[window]
 
