@@ -50,6 +50,7 @@ class FusionTree:
         that the usual shift of labels by one token holds across the whole row.
     lengths, forks, modes: one element a node, the trunk first; a node sees `forks` tokens of the trunk (0 for the
         trunk itself), and what it trains is of `modes`.
+    trunk_at: where the trunk's own sequence stands among the separate ones, if it has loss; None: after the others.
 
     Which tokens are visible is told by three numbers a token. A token sees another of its `document` that is in its own
     `node` and not after it, or in node 0 at a position below its `fork`.
@@ -60,6 +61,7 @@ class FusionTree:
     lengths: tuple[int, ...]
     forks: tuple[int, ...]
     modes: tuple[Mode, ...]
+    trunk_at: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -106,32 +108,30 @@ def fuse(sequences: Sequence[TrainingSequence], *, non_thinking_trunk: bool = Tr
 
     A sequence without trained tokens is left out. Raises ValueError if nothing is left.
     """
-    sequences = [sequence for sequence in sequences if sequence.first_trained < len(sequence.ids)]
+    sequences = _trained(sequences)
     if not sequences:
         raise ValueError("sequences: found none with trained tokens, expected at least one.")
     if len(sequences) == 1:
         ids, labels, mode = sequences[0]
         return FusionTree(ids, labels, (len(ids),), (0,), (mode,))
-    main = next((each for each in sequences if each.mode is Mode.NON_THINKING), None) if non_thinking_trunk else None
+    at = next((at for at, each in enumerate(sequences) if each.mode is Mode.NON_THINKING), None)
+    at = at if non_thinking_trunk else None
+    main = None if at is None else sequences[at]
     branches = [sequence for sequence in sequences if sequence is not main]
     # One token before the first trained one, so that what predicts it belongs to the branch too.
     history = max((each.ids[: max(each.first_trained - 1, 0)] for each in branches), key=len)
-    if main is None:
-        trunk, trained = history, 0
-    else:
-        within = len(main.ids) < len(history) and _shared(main.ids, history) == len(main.ids)
-        trunk, trained = history if within else main.ids, len(main.ids)
+    trunk = history if main is None or _shared(main.ids, history) == len(main.ids) else main.ids
     forks = [min(_shared(trunk, each.ids), max(each.first_trained - 1, 0)) for each in branches]
-    trunk = trunk[: max(trained, *forks)]
     labels = np.full(len(trunk), IGNORED, dtype=np.int32)
     if main is not None:
-        labels[:trained] = main.labels
+        labels[: len(main.ids)] = main.labels
     return FusionTree(
         np.concatenate([trunk, *(each.ids[fork:] for each, fork in zip(branches, forks, strict=True))]),
         np.concatenate([labels, *(each.labels[fork:] for each, fork in zip(branches, forks, strict=True))]),
         (len(trunk), *(len(each.ids) - fork for each, fork in zip(branches, forks, strict=True))),
         (0, *forks),
         (Mode.NON_THINKING if main is None else main.mode, *(each.mode for each in branches)),
+        at,
     )
 
 
@@ -140,14 +140,14 @@ def fuse_within(
 ) -> list[FusionTree]:
     """The tree of the sequences, or several of at most `budget` tokens, each with as much trunk as it needs.
 
-    Every sequence is in exactly one of them. Raises ValueError for a sequence longer than the budget.
+    Every sequence with trained tokens is in exactly one of them. Raises ValueError for one longer than the budget.
     """
     whole = fuse(sequences, non_thinking_trunk=non_thinking_trunk)
     if budget is None or len(whole) <= budget:
         return [whole]
     groups: list[list[TrainingSequence]] = []
     trees: list[FusionTree] = []
-    for sequence in sorted(sequences, key=lambda each: -len(each.ids)):
+    for sequence in sorted(_trained(sequences), key=lambda each: -len(each.ids)):
         if len(sequence.ids) > budget:
             raise ValueError(
                 f"a training sequence has {len(sequence.ids):,} tokens, and tokens_per_row is {budget:,}. Raise "
@@ -166,7 +166,7 @@ def fuse_within(
 
 
 def expand(tree: FusionTree) -> list[Rendered]:
-    """The separate sequences that a tree stands for: those of its branches, then that of its trunk, if it has loss."""
+    """The separate sequences that a tree stands for, in the order in which they were fused."""
     trunk = tree.ids[: tree.lengths[0]]
     sequences = []
     for start, length, fork, mode in zip(tree.starts, tree.lengths, tree.forks, tree.modes, strict=True):
@@ -175,7 +175,10 @@ def expand(tree: FusionTree) -> list[Rendered]:
         if trained.any():
             end = int(np.flatnonzero(trained)[-1]) + 1
             sequences.append(Rendered(ids[:end].tolist(), trained[:end].tolist(), mode))
-    return [*sequences[1:], sequences[0]] if (tree.labels[: len(trunk)] != IGNORED).any() else sequences
+    if (tree.labels[: len(trunk)] != IGNORED).any():
+        own = sequences.pop(0)
+        sequences.insert(len(sequences) if tree.trunk_at is None else tree.trunk_at, own)
+    return sequences
 
 
 def fusion_tree(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> FusionTree:
@@ -198,6 +201,10 @@ def trunk_is_non_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     if template is None:
         raise ValueError("the tokenizer has no template of ours; call install_chat_template(tokenizer, model) first.")
     return template.scheme.history_is_non_thinking and not template.dialect.answers_differ_in_history
+
+
+def _trained(sequences: Sequence[TrainingSequence]) -> list[TrainingSequence]:
+    return [sequence for sequence in sequences if sequence.first_trained < len(sequence.ids)]
 
 
 def _shared(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
