@@ -3,6 +3,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from thinkfusion import (
     lora_config,
     prepare,
 )
+from thinkfusion.tree_attention import RowLayout, tree_attention
 from thinkfusion.weighting import ModeWeights
 
 
@@ -305,6 +307,29 @@ def test_a_model_whose_layers_cannot_branch_gets_padded_sequences(tmp_path, capl
     assert "'padded' in place of 'tree', since Qwen3NextForCausalLM has layers of another kind" in lines[0]
     assert trainer.sequence_layout == "padded"
     trainer.train()
+    with pytest.raises(ValueError, match=r"tokens_per_row: needs rows, and Qwen3NextForCausalLM has layers"):
+        ThinkFusionTrainer(
+            model, config(tmp_path, tokens_per_row=99), train_dataset=conversations(2), processing_class=tokenizer
+        )
+
+
+def test_what_would_tear_rows_apart_is_refused(trained):
+    with pytest.raises(ValueError, match="torch_compile: not for rows of trees"):
+        trained(torch_compile=True)
+    with pytest.raises(ValueError, match=r"parallelism_config .*: not for rows of trees .*sequence_layout='padded'"):
+        trained(parallelism_config=SimpleNamespace(cp_enabled=True, sp_enabled=False))
+
+
+def test_the_balance_loss_of_the_checkpoint_counts_the_tokens_of_rows(trained):
+    """transformers' own; padding would be left out by the mask, and rows have none on a CPU."""
+    trainer = trained(max_steps=1, per_device_train_batch_size=6, router_aux_loss_coef=0.5, learning_rate=0.0)
+    model, (batch,) = trainer.model, list(trainer.get_train_dataloader())
+    nodes, _, labels = batch.pop("nodes"), batch.pop("modes"), batch.pop("labels")
+    with torch.no_grad(), tree_attention(model):
+        outputs = model(**batch, tree_layout=RowLayout(nodes), output_router_logits=True)
+    nll = torch.nn.functional.cross_entropy(outputs.logits[0, :-1], labels[0, 1:], ignore_index=-100)
+    assert logged(trainer, "aux_loss")[0] == pytest.approx(outputs.aux_loss.item(), rel=1e-5)
+    assert logged(trainer, "loss")[0] == pytest.approx(nll.item() + 0.5 * outputs.aux_loss.item(), rel=1e-5)
 
 
 def test_an_attention_that_takes_no_mask_is_refused(tmp_path, tiny_models, base_tokenizer):

@@ -72,15 +72,21 @@ def test_the_default_recipe_trains_exports_and_measures(trained):
     assert losses[-1] < losses[0]
 
 
-def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path):
-    flags = ["--max_steps", "5", "--train_samples", "40", "--logging_steps", "1", "--evaluation_samples", "0"]
-    flags += ["--save_strategy", "steps", "--save_steps", "5"]
+@pytest.mark.parametrize(
+    ("settings", "samples"),
+    [([], "40"), (["--tokens_per_row", "200", "--normalise_by_mode", "true"], "41")],
+    ids=["conversations", "packed rows"],
+)
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path, settings, samples):
+    flags = ["--max_steps", "5", "--train_samples", samples, "--logging_steps", "1", "--evaluation_samples", "0"]
+    flags += ["--save_strategy", "steps", "--save_steps", "5", *settings]
     one = launch("--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "8", *flags)
     two = launch("--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "4", *flags, processes=2)
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     assert "starting the 2 that were asked for" in two.stderr
-    assert two.stdout.count("rows: 40 read") == 1
+    assert two.stdout.count(f"rows: {samples} read") == 1
+    assert two.stderr.count("sequences of") == 1
     for name in ("loss", "loss_thinking", "loss_non_thinking", "tokens_thinking", "tokens_non_thinking"):
         first, second = (
             torch.tensor(

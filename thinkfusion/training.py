@@ -102,7 +102,7 @@ class ThinkFusionTrainer(SFTTrainer):
         self._longest = args.max_length or min(
             (given for given in (args.tokens_per_row, limit) if given is not None), default=None
         )
-        self.sequence_layout = _possible_layout(model, args.sequence_layout)
+        self.sequence_layout = _possible_layout(model, args)
         if self.sequence_layout != "padded" and kwargs.get("data_collator") is not None:
             raise ValueError("data_collator: rows have their own; set sequence_layout='padded' to use another.")
         train_dataset, self.row_report = self._prepared(train_dataset, tokenizer, args)
@@ -153,7 +153,8 @@ class ThinkFusionTrainer(SFTTrainer):
         if isinstance(sequences, IterableDataset):
             return StreamedRows(sequences, layout)
         rows = PackedRows(sequences, layout)
-        logger.info("%s", rows.report)
+        if self.args.process_index == 0:
+            logger.info("%s", rows.report)
         return rows
 
     def _prepared(
@@ -341,17 +342,34 @@ def _counts_by_mode(modes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.bincount(trained.flatten(), minlength=len(MODES))
 
 
-def _possible_layout(model: PreTrainedModel, wanted: str) -> str:
-    """The layout that the model allows: one whose layers cannot branch gets padded sequences, and the log says so."""
-    if wanted == "padded":
-        return wanted
+def _possible_layout(model: PreTrainedModel, args: ThinkFusionConfig) -> str:
+    """The layout that the model allows: one whose layers cannot branch gets padded sequences, and the log says so.
+
+    Raises ValueError for settings under which rows would be torn apart or their attention replaced.
+    """
+    if args.sequence_layout == "padded":
+        return "padded"
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     reason = why_not_trees(base)
     if reason is not None:
-        logger.warning("sequence_layout: 'padded' in place of %r, since %s.", wanted, reason)
+        if args.tokens_per_row is not None:
+            raise ValueError(
+                f"tokens_per_row: needs rows, and {reason}. Set sequence_layout='padded', and no such limit."
+            )
+        if args.process_index == 0:
+            logger.warning("sequence_layout: 'padded' in place of %r, since %s.", args.sequence_layout, reason)
         return "padded"
     check_implementation(base)
-    return wanted
+    parallel = args.parallelism_config
+    splits = {
+        "torch_compile": args.torch_compile,
+        "parallelism_config (context or sequence)": parallel and (parallel.cp_enabled or parallel.sp_enabled),
+        "several GPUs in one process (start one for each with accelerate launch)": args.n_gpu > 1,
+    }
+    for name, given in splits.items():
+        if given:
+            raise ValueError(f"{name}: not for rows of trees or packed sequences; set sequence_layout='padded'.")
+    return args.sequence_layout
 
 
 class _ModeSums:
