@@ -146,7 +146,7 @@ class _Terminal:
 
     def _tree(self, drawn: Sketch) -> Iterator[str]:
         if drawn.copies > 1:
-            yield self._styled(f"  trained {drawn.copies} times, in so many trees", YELLOW)
+            yield self._styled(f"  trained {drawn.copies} times, each in a tree of its own", YELLOW)
         yield from ("", *self._strips(drawn), "")
         yield f"{'':{self.whole_width - TREE_FIGURES}}{'tokens':>8}{'trained':>9}"
         yield from self._node_heading("  ", drawn, 0)
@@ -155,7 +155,7 @@ class _Terminal:
 
     def _strips(self, drawn: Sketch) -> Iterator[str]:
         kinds = {letter: COLOURS[_kind_of(role)] for role, letter in LETTERS.items()}
-        names = ["trunk", *(f"turn {turn}" for turn in drawn.turns[1:])] if len(drawn.turns) > 1 else ["tokens"]
+        names = ["trunk", *map(drawn.turns_of, range(1, len(drawn.turns)))] if len(drawn.turns) > 1 else ["tokens"]
         gutter = max(map(len, names)) + 5
         for number, (name, (start, letters)) in enumerate(
             zip(names, strips(drawn, self.whole_width - gutter), strict=True)
@@ -180,10 +180,11 @@ class _Terminal:
             yield self._run_line(f"{line} ╵", end)
 
     def _node_heading(self, before: str, drawn: Sketch, node: int) -> Iterator[str]:
-        name = drawn.heading(node) + (f": sees {drawn.tree.forks[node]:,} tokens of the trunk" if node else "")
-        trained = sum(run.trained for run in drawn.runs[node])
         room = self.whole_width - TREE_FIGURES - len(before)
-        figures = f"{drawn.tree.lengths[node]:>8,}{trained or '':>9,}" if trained else f"{drawn.tree.lengths[node]:>8,}"
+        name, sees = drawn.heading(node), f": sees {drawn.tree.forks[node]:,} of the trunk" if node else ""
+        name += sees if len(name + sees) <= room else ""
+        trained = drawn.trained_in(node)
+        figures = f"{drawn.tree.lengths[node]:>8,}" + (f"{trained:>9,}" if trained else "")
         yield before + self._styled(f"{name:{room}}{figures}", BOLD)
 
     def _run_line(self, graph: str, run: Run) -> str:
@@ -207,10 +208,11 @@ class _Terminal:
         yield from ([cell] for cell in self._cells(Piece(text, kind)) if cell[0] != "\n")
 
     def _account(self, drawn: Sketch) -> Iterator[str]:
-        trained = drawn.trained()
-        parts = [f"{count:,} {mode.value.replace('_', '-')}" for mode, count in trained.items()]
-        yield f"  the tree has {len(drawn.tree):,} tokens; trained are {' and '.join(parts)}"
+        trained = ", ".join(f"{count:,} {mode.value.replace('_', '-')}" for mode, count in drawn.trained().items())
+        yield f"  the tree has {len(drawn.tree):,} tokens; trained: {trained}"
         yield f"  {apart(drawn)}"
+        if len(drawn.sequences) > 1:
+            yield f"  the longest of them has {max(drawn.sequences):,}"
 
 
 def _kind_of(role: str) -> str:

@@ -20,7 +20,7 @@ from thinkfusion.modes import Mode
 from thinkfusion.preparing import survey
 from thinkfusion.reading import Note
 from thinkfusion.records import open_rows
-from thinkfusion.rendering import Renderer, Segment, Target
+from thinkfusion.rendering import Rendered, Renderer, Segment, Target
 from thinkfusion.row_report import RowReport
 from thinkfusion.sequences import Chunk, Plan, Prepared, SequenceMaker
 from thinkfusion.sources import Source, as_sources
@@ -288,26 +288,29 @@ class _Shown:
             for number, (target, each) in enumerate(zip(targets, rendered, strict=True))
             if any(trained[number :: len(targets)])
         ]
-        return Sample(*place, outcome.notes, views, trees=self._trees(conversation, trained) if self.trees else [])
+        return Sample(
+            *place, outcome.notes, views, trees=self._trees(conversation, rendered, trained) if self.trees else []
+        )
 
-    def _trees(self, conversation: Conversation, trained: list[bool]) -> list[Sketch]:
+    def _trees(self, conversation: Conversation, rendered: Sequence[Rendered], trained: list[bool]) -> list[Sketch]:
         """The trees of a row; `trained` says of each sequence, one copy after another, whether it is trained on."""
         import numpy as np
 
-        targets, rendered = self.renderer.targets(conversation), self.renderer.render([conversation])[0]
+        targets = self.renderer.targets(conversation)
         labelled = [
             Labelled(
                 TrainingSequence(np.array(each.ids, dtype=np.int32), np.array(each.labels, dtype=np.int32), each.mode),
                 roles_of(self.renderer, conversation, target),
-                target.last + 1,
+                tuple(exchange + 1 for exchange in sorted(target.trained)),
             )
             for target, each in zip(targets, rendered, strict=True)
         ]
-        copies = Counter(tuple(trained[start : start + len(targets)]) for start in range(0, len(trained), len(targets)))
-        chosen = [(list(compress(labelled, flags)), count) for flags, count in copies.items()]
+        count = len(targets)
+        copies = Counter(tuple(trained[start : start + count]) for start in range(0, len(trained), count or 1))
+        chosen = [(list(compress(labelled, flags)), times) for flags, times in copies.items()]
         return [
-            sketch(kept, self.renderer.tokenizer, count)
-            for kept, count in chosen
+            sketch(kept, self.renderer.tokenizer, times)
+            for kept, times in chosen
             if any(each.sequence.first_trained < len(each.sequence.ids) for each in kept)
         ]
 

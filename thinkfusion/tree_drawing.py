@@ -38,11 +38,11 @@ context within an answer, such as the results of tools."""
 
 
 class Labelled(NamedTuple):
-    """A training sequence, the role of each of its tokens, and the turn that it ends in, counted from 1."""
+    """A training sequence, the role of each of its tokens, and the turns that it trains, counted from 1."""
 
     sequence: TrainingSequence
     roles: Sequence[str]
-    turn: int
+    turns: tuple[int, ...]
 
 
 class Run(NamedTuple):
@@ -57,25 +57,28 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Sketch:
-    """A tree and what it is made of: `runs` has those of each node, `turns` the turn of each, the trunk first.
+    """A tree and what it is made of, the trunk first: the turns that each node trains, and its runs.
 
-    turn 0: a trunk that no sequence ends in. sequences: the lengths of the separate sequences. copies: how many trees
-    of the data set are this one, where a source has a weight.
+    sequences: the lengths of the separate sequences. copies: how many trees of the data set are this one, where a
+    source has a weight.
     """
 
     tree: FusionTree
-    turns: tuple[int, ...]
+    turns: tuple[tuple[int, ...], ...]
     runs: tuple[tuple[Run, ...], ...]
     sequences: tuple[int, ...]
     copies: int = 1
 
-    def trained(self, node: int | None = None) -> dict[Mode, int]:
-        """Trained tokens by mode, of one node or of all."""
+    def trained(self) -> dict[Mode, int]:
+        """Trained tokens by mode."""
         counts = dict.fromkeys(Mode, 0)
-        for number, (mode, runs) in enumerate(zip(self.tree.modes, self.runs, strict=True)):
-            if node in (None, number):
-                counts[mode] += sum(run.trained for run in runs)
+        for node, mode in enumerate(self.tree.modes):
+            counts[mode] += self.trained_in(node)
         return counts
+
+    def trained_in(self, node: int) -> int:
+        """Trained tokens of a node."""
+        return sum(run.trained for run in self.runs[node])
 
     @property
     def ratio(self) -> float:
@@ -86,8 +89,13 @@ class Sketch:
         """What a node is, in a few words."""
         mode = self.tree.modes[node].value.replace("_", "-")
         if node or len(self.turns) == 1:
-            return f"turn {self.turns[node]}, {mode}"
+            return f"{self.turns_of(node)}, {mode}"
         return f"trunk, {mode}" if self.turns[0] else "trunk, no loss"
+
+    def turns_of(self, node: int) -> str:
+        """The turns of a node, in words."""
+        first, *others = self.turns[node]
+        return f"turns {first}-{others[-1]}" if others else f"turn {first}"
 
     def branches(self) -> list[tuple[Run | None, list[int]]]:
         """The runs of the trunk, each with the nodes that fork within it or at its end; first those before any run."""
@@ -111,10 +119,10 @@ class Sketch:
             "trained": {mode.value: count for mode, count in self.trained().items()},
             "nodes": [
                 {
-                    **{"turn": turn, "mode": mode.value if turn else None, "fork": fork, "tokens": length},
-                    "trained": sum(run.trained for run in self.runs[number]),
+                    **{"turns": list(turns), "mode": mode.value if turns else None, "fork": fork, "tokens": length},
+                    "trained": self.trained_in(number),
                 }
-                for number, (turn, mode, fork, length) in enumerate(nodes)
+                for number, (turns, mode, fork, length) in enumerate(nodes)
             ],
         }
 
@@ -140,7 +148,7 @@ def sketch(labelled: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase, cop
         tuple(_runs(given, tree.ids[start : start + length], tree.labels[start : start + length], spell))
         for given, (start, length, _, _) in zip(roles, spans, strict=True)
     )
-    turns = (0 if main is None else main.turn, *(each.turn for each in branches))
+    turns = (() if main is None else main.turns, *(each.turns for each in branches))
     lengths = [len(each.ids) for each in sequences if each.first_trained < len(each.ids)]
     return Sketch(tree, turns, runs, tuple(lengths), copies)
 
@@ -215,13 +223,13 @@ def strips(drawn: Sketch, width: int) -> list[tuple[int, str]]:
 
 # --- the picture ------------------------------------------------------------------------------------------------
 
-WIDTH, MARGIN, LEFT, BAR, STEP, TOP = 960, 16, 176, 28, 44, 18
+WIDTH, MARGIN, LEFT, BAR, STEP, TOP, TICKS = 960, 16, 176, 28, 44, 18, 10
 LETTER, FEWEST_LETTERS, TOLD = 6.4, 3, 300
 """The width of a letter, how few of a text are worth showing, and how many are told where the mouse points."""
 KIND_OF = {"system": "prompt", "user": "prompt", "history": "untrained"}
 MEANINGS = {
     "prompt": "context, no loss",
-    "untrained": "context of an answer, no loss",
+    "untrained": "earlier answers, results of tools: no loss",
     "prefix": "announces the mode, no loss",
     "reasoning": "reasoning, trained",
     "answer": "answer, trained",
@@ -242,8 +250,7 @@ def svg(drawn: Sketch, *, style: str = STYLE) -> str:
 
     style: CSS of its own; without it the page around it has the rules for the class `tree`.
     """
-    picture = _Picture(drawn)
-    return "\n".join(picture.elements(style)) + "\n"
+    return "\n".join(_Picture(drawn).elements(style)) + "\n"
 
 
 class _Picture:
@@ -262,7 +269,7 @@ class _Picture:
 
     def elements(self, style: str) -> Iterator[str]:
         bottom = TOP + STEP * len(self.row)
-        title = _xml(f"Fusion tree: {self.account()}")
+        title = f"Fusion tree: {len(self.drawn.tree):,} tokens; {apart(self.drawn)}"
         yield f'<svg xmlns="http://www.w3.org/2000/svg" class="tree" viewBox="0 0 {WIDTH} {bottom + 66}" role="img">'
         yield f"<title>{title}</title>"
         if style:
@@ -280,8 +287,8 @@ class _Picture:
 
     def axis(self, bottom: int) -> Iterator[str]:
         longest = max(self.drawn.sequences)
-        step = next(step for size in (1, 10, 100, 1000, 10**4, 10**5, 10**9) for step in (size, 2 * size, 5 * size)
-                    if longest / step <= 10)  # fmt: skip
+        sizes = (size * 10**power for power in range(12) for size in (1, 2, 5))
+        step = next(size for size in sizes if longest <= TICKS * size)
         for position in range(0, longest + 1, step):
             x = self.x(position)
             yield f'<path class="grid" d="M{x} {TOP - 8} V{bottom - 4}"/>'
@@ -290,15 +297,15 @@ class _Picture:
 
     def node(self, node: int) -> Iterator[str]:
         drawn, y = self.drawn, self.y(node)
-        trained = sum(run.trained for run in drawn.runs[node])
-        tokens = f"{drawn.tree.lengths[node]:,} tokens, {trained:,} trained"
+        tokens = f"{drawn.tree.lengths[node]:,} tokens, {drawn.trained_in(node):,} trained"
         yield f'<text class="name" x="{MARGIN}" y="{y + 11}">{drawn.heading(node)}</text>'
         yield f'<text class="soft" x="{MARGIN}" y="{y + 26}">{tokens}</text>'
         for run in drawn.runs[node]:
             start = drawn.tree.forks[node] + run.start
             x, width = self.x(start), round(run.tokens * self.scale, 1)
             kind = KIND_OF.get(run.role, run.role)
-            yield f"<g><title>{_xml(f'{run.role}, {run.tokens:,} tokens: {_spelled(run)[:TOLD]}')}</title>"
+            told = f"{run.role}, {run.tokens:,} token{'s' * (run.tokens > 1)}: {_spelled(run)[:TOLD]}"
+            yield f"<g><title>{_xml(told)}</title>"
             yield f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{BAR}" rx="2"/>'
             text = _cut("".join(text for text, control in run.texts if not control), width - 10)
             if text and run.role != "prefix":
@@ -313,23 +320,20 @@ class _Picture:
             yield f'<text class="soft" x="{x + 20}" y="{y}">{MEANINGS[kind]}</text>'
             x += 44 + int(LETTER * len(MEANINGS[kind]))
 
-    def account(self) -> str:
-        drawn = self.drawn
-        return f"{len(drawn.tree):,} tokens; {apart(drawn)}"
-
 
 def apart(drawn: Sketch) -> str:
-    """What the separate sequences of the tree are."""
+    """How many tokens the separate sequences of the tree have."""
     count, tokens = len(drawn.sequences), sum(drawn.sequences)
     if count == 1:
         return f"1 sequence, {tokens:,} tokens: nothing is shared"
-    longest = f"the longest {max(drawn.sequences):,}"
-    return f"{count} separate sequences have {tokens:,} tokens, {drawn.ratio:.1f} times as many; {longest}"
+    return f"{count} separate sequences have {tokens:,} tokens, {drawn.ratio:.1f} times as many"
 
 
 def _spelled(run: Run) -> str:
-    return "".join(f"⟦{text}⟧" if control else text.replace("⟦", "\\u27e6").replace("⟧", "\\u27e7")
-                   for text, control in run.texts)  # fmt: skip
+    """Its texts, control tokens in brackets that no other text has."""
+    return "".join(
+        f"⟦{text}⟧" if control else text.replace("⟦", "\\u27e6").replace("⟧", "\\u27e7") for text, control in run.texts
+    )
 
 
 def _cut(text: str, width: float) -> str:
