@@ -324,6 +324,16 @@ def test_the_picture_is_to_scale_and_no_line_crosses_a_branch(inspect, scheme):
         assert crossed == []
 
 
+def test_all_of_the_picture_is_inside_it():
+    picture = ElementTree.fromstring((ROOT / "examples" / "fusion_tree.svg").read_text(encoding="utf-8"))
+    _, _, width, height = map(int, picture.get("viewBox").split())
+    texts = [element for element in picture.iter() if element.tag.endswith("text")]
+    for text in texts:
+        start = float(text.get("x")) - (20 if text.get("text-anchor") == "middle" else 0)
+        assert 0 <= start < start + 6.4 * len(text.text) <= width + 6.4, text.text
+        assert float(text.get("y")) < height
+
+
 def test_the_page_has_the_picture_of_each_row_in_its_own_colours(inspect):
     inspect([CHAT, {"messages": CHAT["messages"][:2]}], "--tree", "--html", "page.html")
     page = Path("page.html").read_text()

@@ -228,11 +228,11 @@ LETTER, FEWEST_LETTERS, TOLD = 6.4, 3, 300
 """The width of a letter, how few of a text are worth showing, and how many are told where the mouse points."""
 KIND_OF = {"system": "prompt", "user": "prompt", "history": "untrained"}
 MEANINGS = {
-    "prompt": "context, no loss",
-    "untrained": "earlier answers, results of tools: no loss",
-    "prefix": "announces the mode, no loss",
-    "reasoning": "reasoning, trained",
-    "answer": "answer, trained",
+    "prompt": "context",
+    "untrained": "earlier answers, results of tools",
+    "prefix": "announces the mode",
+    "reasoning": "reasoning, in the loss",
+    "answer": "answer, in the loss",
 }
 STYLE = """
 .tree { background: #fff; font: 12px ui-sans-serif, Helvetica, Arial, sans-serif }
