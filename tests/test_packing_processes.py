@@ -7,7 +7,6 @@ What is seen is told by the first token of each tree; that of the padding is 0.
 import json
 import os
 import socket
-from itertools import chain
 from pathlib import Path
 
 import pytest
