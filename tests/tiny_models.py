@@ -43,7 +43,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 2048,
-    "pad_token_id": 0,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
     "moe_intermediate_size": 32,
@@ -130,9 +130,8 @@ def _random_exchange(draw: random.Random, *, tools: bool, parallel: bool) -> Exc
 def _steps(draw: random.Random, *, reasons: bool, tools: bool, parallel: bool) -> tuple[Message, ...]:
     steps: list[Message] = []
     for _ in range(draw.randint(0, 2) if tools else 0):
-        calls = tuple(
-            {"name": "add", "arguments": {"a": [draw.randint(0, 9)]}} for _ in range(1 + draw.randint(0, parallel))
-        )
+        count = draw.randint(1, 2) if parallel else 1
+        calls = tuple({"name": "add", "arguments": {"a": [draw.randint(0, 9)]}} for _ in range(count))
         steps.append(Message("assistant", draw.choice(("", _text(draw))), _text(draw) if reasons else None, calls))
         steps += [Message("tool", f"result {_text(draw)}") for _ in calls]
     return (*steps, Message("assistant", _text(draw), _text(draw) if reasons else None))

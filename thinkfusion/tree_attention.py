@@ -178,12 +178,18 @@ def tree_attention_forward(  # noqa: PLR0917 - transformers calls it so
     tree_layout: the nodes of the row, which the caller of the model gives as a keyword argument.
     s_aux: (heads,), the logits of attention sinks. Returns (1, tokens, heads, width of values).
 
-    Raises ValueError without a layout, and for a bias by position.
+    Raises ValueError without a layout, and for a layer with a mask or a bias of its own.
     """
     if tree_layout is None:
-        raise ValueError("tree_layout: missing; a model within tree_attention is called with the layout of its rows.")
-    if position_bias is not None:
-        raise ValueError("position_bias: not for trees; set sequence_layout='padded'.")
+        raise ValueError(
+            "tree_layout: missing; a model within tree_attention is called with the layout of its rows. If it was, its "
+            "layers do not pass it on: set sequence_layout='padded'."
+        )
+    if position_bias is not None or (attention_mask is not None and attention_mask.numel() > 1):
+        raise ValueError(
+            f"{type(module).__name__} makes a mask or a bias of its own, which knows nothing of trees: set "
+            "sequence_layout='padded'."
+        )
     tree_layout.layers += 1
     window = None if attention_mask is None else int(attention_mask)
     if query.device.type == "cuda":
