@@ -139,7 +139,7 @@ class Renderer:
             parts, ended = [self._opening(conversation)], False
             for index, exchange in enumerate(conversation.exchanges[: target.last + 1]):
                 parts.append(self._user_of(conversation, index, ended=ended))
-                current, trained = exchange is last, index in target.trained
+                current, trained = index == target.last, index in target.trained
                 steps, ended = self._steps(exchange, target.mode, current=current, trained=trained)
                 parts.append(steps)
         if ended:
