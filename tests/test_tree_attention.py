@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention of trees computes what separate sequences compute, loss and gradient, in every family that can branch."""
+"""The attention of trees computes what separate sequences compute, loss and gradient, in every family that branches."""
 
 import json
 import random
@@ -244,11 +244,24 @@ def test_blocks_hold_exactly_the_pairs_that_are_visible(seed, window, queries, g
         # As torch's attention takes them: a mask, or causal over as many keys as queries.
         assert (block.mask is None) == block.causal
         assert not block.causal or len(rows) == len(keys)
-        found[rows[:, None], keys] += mask.tril() if block.causal else block.mask.long()
+        mask = mask.tril() if block.causal else block.mask.long()
+        found[rows[:, None], keys] += mask
         # And little more than those is computed.
-        assert len(keys) <= max(len(rows) + window - 1 if window is not None else layout.tokens, grouped)
+        assert mask.any(0).all()
+        assert window is None or len(keys) <= max(grouped, max(window, queries) + window - 1)
     assert torch.equal(found, visible(trees, window, padding).long())
     assert torch.equal(torch.cat([place[block.queries] for block in blocks]), place)
+
+
+def test_small_trees_share_a_block_and_large_ones_have_their_own():
+    def spans(*sizes):
+        ends = np.cumsum(sizes).tolist()
+        layout = RowLayout([(end - size, 0, end - size, end) for end, size in zip(ends, sizes, strict=True)])
+        return [block.queries.stop - block.queries.start for block in layout.blocks(None, CPU)]
+
+    assert spans(50, 50, 50, 50, 50, 50) == [200, 100]
+    assert spans(150, 60, 140) == [150, 200]
+    assert spans(50, 201, 50, 50) == [50, 201, 100]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -352,12 +365,10 @@ def test_an_attention_that_cannot_take_a_mask_is_refused_with_the_settings_to_ch
         model.config._attn_implementation = possible
         check_implementation(model)
     model.config._attn_implementation = name
-    with pytest.raises(
-        ValueError, match=f"^attn_implementation: '{name}' cannot take the visibility of packed rows"
-    ) as e:
+    with pytest.raises(ValueError, match=f"^attn_implementation: '{name}' cannot take the visibility of") as caught:
         check_implementation(model)
-    assert "attn_implementation='sdpa'" in str(e.value)
-    assert "sequence_layout='padded'" in str(e.value)
+    assert "attn_implementation='sdpa'" in str(caught.value)
+    assert "sequence_layout='padded'" in str(caught.value)
 
 
 # --- the context ------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class RowLayout:
         self.tokens = self.nodes[-1].stop
         self.layers = 0
         self._blocks: dict[tuple[int | None, torch.device], list[_Block]] = {}
-        self._block_masks: dict[int | None, Any] = {}
+        self._block_masks: dict[tuple[int | None, torch.device], Any] = {}
 
     def blocks(self, window: int | None, device: torch.device) -> list[_Block]:
         """The queries in blocks, each with its keys; `window` is how many positions a token sees, or all."""
@@ -127,12 +127,12 @@ class RowLayout:
         """The same visibility for FlexAttention; made once, and shared by the layers of one window."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        if window not in self._block_masks:
+        if (window, device) not in self._block_masks:
             size, compiled = (None, None, self.tokens, self.tokens), device.type == "cuda"
-            self._block_masks[window] = create_block_mask(
+            self._block_masks[window, device] = create_block_mask(
                 self._visible(window, device), *size, device=str(device), _compile=compiled
             )
-        return self._block_masks[window]
+        return self._block_masks[window, device]
 
 
 def _blocks_of(node: Node, window: int | None, device: torch.device) -> Iterator[_Block]:
@@ -192,11 +192,11 @@ def tree_attention_forward(  # noqa: PLR0917 - transformers calls it so
         )
     tree_layout.layers += 1
     window = None if attention_mask is None else int(attention_mask)
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" and not dropout:  # which FlexAttention has not
         from transformers.integrations.flex_attention import flex_attention_forward
 
         mask = tree_layout.block_mask(window, query.device)
-        options = {"scaling": scaling, "dropout": dropout, "s_aux": s_aux, "softcap": softcap}
+        options = {"scaling": scaling, "s_aux": s_aux, "softcap": softcap}
         output, _ = flex_attention_forward(module, query, key, value, mask, **options)
         return output, None
     scores = _Scores(dropout, scaling, s_aux, softcap)
