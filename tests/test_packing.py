@@ -64,6 +64,17 @@ def numbered(count: int, lengths=(3,)) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": labels, "mode": [0] * count})
 
 
+PAIR = Dataset.from_dict(
+    {
+        "input_ids": [[1, 2, 3, 8, 7, 7, 9, 4, 5], [1, 2, 3, 9, 4, 5], [1, 6]],
+        "labels": [[-100] * 4 + [7, 7, 9, 4, 5], [-100] * 4 + [4, 5], [-100, 6]],
+        "mode": [0, 1, 0],
+        "conversation": [4, 4, 5],
+    }
+)
+"""A conversation in both modes, and a sequence alone."""
+
+
 # What fills a row.
 
 lengths_and_budgets = st.integers(1, 300).flatmap(
@@ -116,6 +127,22 @@ def test_a_row_ends_with_those_that_leave_least_room(lengths, room):
         sums |= {each + length for each in sums}
     assert sorted(set(chosen)) == chosen
     assert sum(lengths[index] for index in chosen) == max(each for each in sums if each <= room)
+
+
+def test_rows_are_filled_to_the_last_token_and_come_in_order():
+    assert list(pack([5, 4, 5, 6, 10], 10)) == [[0, 2], [1, 3], [4]]
+    assert list(pack([1, 2, 9, 8, 3, 7, 10], 10)) == [[0, 2], [1, 3], [4, 5], [6]]
+    lengths = np.random.default_rng(0).integers(1, 100, 2000).tolist()
+    assert sorted(rows := list(pack(lengths, 500))) == rows
+
+
+def test_no_row_is_chosen_from_more_than_the_candidates():
+    """Trying all of a window would take a hundred times as long."""
+    with mock.patch.object(packing, "_fullest", wraps=packing._fullest) as choose:
+        list(pack(np.random.default_rng(0).integers(1, 300, 2000).tolist(), 1000))
+    tried = [len(call.args[0]) for call in choose.call_args_list]
+    assert max(tried) == packing.CANDIDATES
+    assert len(tried) < 1000
 
 
 def test_no_two_rows_could_have_been_one():
@@ -272,23 +299,15 @@ def test_a_conversation_longer_than_a_row_is_split(tokenizer):
 
 
 def test_the_report_says_what_became_of_the_sequences():
-    data = Dataset.from_dict(
-        {
-            "input_ids": [[1, 2, 3, 8, 7, 7, 9, 4, 5], [1, 2, 3, 9, 4, 5], [1, 6]],
-            "labels": [[-100] * 4 + [7, 7, 9, 4, 5], [-100] * 4 + [4, 5], [-100, 6]],
-            "mode": [0, 1, 0],
-            "conversation": [4, 4, 5],
-        }
-    )
-    rows = PackedRows(data, Layout(tokens_per_row=20))
+    rows = PackedRows(PAIR, Layout(tokens_per_row=20))
     assert str(rows.report) == (
         "3 sequences of 17 tokens are computed as 2 trees of 14 tokens (82%), in 1 rows of at most 20 (30.0% left "
         "empty)."
     )
-    packed = PackedRows(data, Layout("packed"))
+    packed = PackedRows(PAIR, Layout("packed"))
     assert str(packed.report) == "3 sequences of 17 tokens are computed as 3 trees of 17 tokens (100%), in 3 rows."
     assert packed.report.padding == 0
-    nothing = PackedRows(data.select([]), Layout(tokens_per_row=20, rows_at_once=4))
+    nothing = PackedRows(PAIR.select([]), Layout(tokens_per_row=20, rows_at_once=4))
     assert len(nothing) == nothing.report.padding == 0
     assert str(nothing.report).startswith(
         "0 sequences of 0 tokens are computed as 0 trees of 0 tokens (100%), in 0 rows"
@@ -354,6 +373,9 @@ def test_a_sequence_longer_than_a_row_is_refused_with_its_place():
         with pytest.raises(ValueError, match=message):
             list(StreamedRows(data.to_iterable_dataset(), Layout(kind, 1199)))
     assert PackedRows(data, Layout(tokens_per_row=1200)).report.sequences == 9
+    for kind, place in (("tree", "1:3"), ("packed", "2")):
+        with pytest.raises(ValueError, match=rf"^dataset\[{place}\]: a training sequence has 9 tokens"):
+            PackedRows(PAIR.select([2, 1, 0]), Layout(kind, 8))
 
 
 def test_a_sequence_that_trains_nothing_is_refused_with_its_place():
@@ -443,16 +465,6 @@ def test_the_order_of_rows_is_drawn_from_seed_and_epoch():
     assert list(range(50)) not in [drawn[:50] for drawn in orders]
     assert order(2, 1) == orders[7]
     assert list(RowSampler(rows, 2)) == order(2, 0)
-
-
-PAIR = Dataset.from_dict(
-    {
-        "input_ids": [[1, 2, 3, 8, 7, 7, 9, 4, 5], [1, 2, 3, 9, 4, 5], [1, 6]],
-        "labels": [[-100] * 4 + [7, 7, 9, 4, 5], [-100] * 4 + [4, 5], [-100, 6]],
-        "mode": [0, 1, 0],
-        "conversation": [4, 4, 5],
-    }
-)
 
 
 def test_a_batch_lays_trees_one_after_another():

@@ -94,7 +94,9 @@ class PackingReport:
         try:
             trees = layout.trees(sequences)
         except ValueError as error:
-            raise ValueError(f"dataset[{self.sequences}]: {error}") from None
+            first, count = self.sequences, len(sequences)
+            place = f"{first}" if count == 1 else f"{first}:{first + count}"
+            raise ValueError(f"dataset[{place}]: {error}") from None
         self.sequences += len(sequences)
         self.conversations += 1
         self.split += len(trees) > 1
