@@ -373,9 +373,9 @@ def test_a_sequence_longer_than_a_row_is_refused_with_its_place():
         with pytest.raises(ValueError, match=message):
             list(StreamedRows(data.to_iterable_dataset(), Layout(kind, 1199)))
     assert PackedRows(data, Layout(tokens_per_row=1200)).report.sequences == 9
-    for kind, place in (("tree", "1:3"), ("packed", "2")):
+    for kind, place in (("tree", "3:5"), ("packed", "4")):
         with pytest.raises(ValueError, match=rf"^dataset\[{place}\]: a training sequence has 9 tokens"):
-            PackedRows(PAIR.select([2, 1, 0]), Layout(kind, 8))
+            PackedRows(PAIR.select([1, 1, 2, 1, 0]), Layout(kind, 8))
 
 
 def test_a_sequence_that_trains_nothing_is_refused_with_its_place():
