@@ -178,6 +178,7 @@ def test_without_a_budget_each_index_has_a_row_at_once():
     assert next(rows) == [0]
     assert list(taken) == [10**6, 1]
     assert list(pack([5, 10**6, 1], None)) == [[0], [1], [2]]
+    assert list(pack([5, 10**6, 1], 10**12)) == [[0, 1, 2]]
     assert list(pack([], None)) == list(pack([], 5)) == list(pack([], 5, ordered=True)) == []
 
 

@@ -249,7 +249,7 @@ class StreamedRows(IterableDataset[list[FusionTree]]):
 
 
 def pack(lengths: Iterable[int], budget: int | None, *, ordered: bool = False) -> Iterator[list[int]]:
-    """Rows of the indices of `lengths`, none above `budget`, every index in exactly one.
+    """Rows of the indices of `lengths` (at least 1), none above `budget`, every index in exactly one.
 
     They are filled as full as can be from windows of WINDOW_TREES, so that a stream is packed as a file is; what fills
     no more than OPEN_ROWS waits for the next window. With `ordered` rows are filled one after another; without a
@@ -302,9 +302,9 @@ def _filled(waiting: list[tuple[int, int]], budget: int, remaining: int) -> list
 def _fullest(lengths: Sequence[int], room: int) -> list[int]:
     """The indices whose lengths come nearest to `room` without exceeding it, the first ones where there is a choice."""
     # Bit n tells whether some of the lengths so far add up to n.
-    sums = [1]
+    sums, within = [1], (2 << min(room, sum(lengths))) - 1
     for length in lengths:
-        sums.append((sums[-1] | sums[-1] << length) & ((2 << room) - 1))
+        sums.append((sums[-1] | sums[-1] << length) & within)
     total = sums[-1].bit_length() - 1
     chosen = []
     for index in reversed(range(len(lengths))):
