@@ -74,7 +74,7 @@ class RowLayout:
         """The queries in blocks, each with its keys; `window` is how many positions a token sees, or all."""
         if (window, device) not in self._blocks:
             blocks: list[_Block] = []
-            for nodes in self._groups():
+            for nodes in self._groups:
                 if len(nodes) == 1 or nodes[-1].stop - nodes[0].start > GROUPED_TOKENS:
                     blocks += [block for node in nodes for block in _blocks_of(node, window, device)]
                 else:
@@ -82,16 +82,22 @@ class RowLayout:
             self._blocks[window, device] = blocks
         return self._blocks[window, device]
 
-    def _groups(self) -> Iterator[list[Node]]:
+    @cached_property
+    def _groups(self) -> list[list[Node]]:
         """The nodes of whole trees, as many of them together as are small."""
-        group: list[Node] = []
+        groups: list[list[Node]] = []
         for _, tree in groupby(self.nodes, lambda node: node.trunk):
             nodes = list(tree)
-            if group and nodes[-1].stop - group[0].start > GROUPED_TOKENS:
-                yield group
-                group = []
-            group += nodes
-        yield group
+            if groups and nodes[-1].stop - groups[-1][0].start <= GROUPED_TOKENS:
+                groups[-1] += nodes
+            else:
+                groups.append(nodes)
+        return groups
+
+    @property
+    def group_tokens(self) -> list[int]:
+        """The tokens of each group of whole trees: no block's keys lie in two of them."""
+        return [nodes[-1].stop - nodes[0].start for nodes in self._groups]
 
     def _grouped(self, at: slice, window: int | None, device: torch.device) -> _Block:
         numbers = torch.arange(at.start, at.stop)
@@ -200,16 +206,49 @@ def tree_attention_forward(  # noqa: PLR0917 - transformers calls it so
         output, _ = flex_attention_forward(module, query, key, value, mask, **options)
         return output, None
     scores = _Scores(dropout, scaling, s_aux, softcap)
-    attend = _sdpa if s_aux is None and softcap is None else _explicit
-    outputs = []
-    for block in tree_layout.blocks(window, query.device):
-        parts = [part for part in (block.trunk, block.own) if part.stop > part.start]
-        keys, values = (
-            given[:, :, parts[0]] if len(parts) == 1 else torch.cat([given[:, :, part] for part in parts], dim=2)
-            for given in (key, value)
-        )
-        outputs.append(attend(query[:, :, block.queries], keys, values, block, scores))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    outputs = _attended(query, key, value, layout=tree_layout, window=window, scores=scores)
+    return torch.cat(list(outputs), dim=1), None
+
+
+def _attended(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    layout: RowLayout,
+    window: int | None,
+    scores: _Scores,
+) -> Iterator[torch.Tensor]:
+    """For each block (1, queries, heads, width of values).
+
+    The row is split into groups of trees before stretches of them are taken: the gradient of a split is a
+    concatenation, that of a slice a row of zeros for each slice.
+    """
+    attend = _sdpa if scores.sinks is None and scores.softcap is None else _explicit
+    blocks, tokens = layout.blocks(window, query.device), layout.group_tokens
+    queries = query.split([block.queries.stop - block.queries.start for block in blocks], dim=2)
+    groups = zip(key.split(tokens, dim=2), value.split(tokens, dim=2), strict=True)
+    start = stop = 0
+    for block, own_queries in zip(blocks, queries, strict=True):
+        if block.queries.start == stop:
+            keys, values = next(groups)
+            start, stop = stop, stop + keys.shape[2]
+        seen = _stretches(block, start)
+        yield attend(own_queries, _taken(keys, seen), _taken(values, seen), block, scores).transpose(1, 2)
+
+
+def _taken(given: torch.Tensor, stretches: list[slice]) -> torch.Tensor:
+    if len(stretches) == 1:
+        return given[:, :, stretches[0]]
+    return torch.cat([given[:, :, stretch] for stretch in stretches], dim=2)
+
+
+def _stretches(block: _Block, start: int) -> list[slice]:
+    """The keys of a block, counted from `start`; one stretch where they are neighbours."""
+    trunk, own = (slice(given.start - start, given.stop - start) for given in (block.trunk, block.own))
+    if trunk.start == trunk.stop:
+        return [own]
+    return [slice(trunk.start, own.stop)] if trunk.stop == own.start else [trunk, own]
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: _Block, scores: _Scores) -> torch.Tensor:
