@@ -226,8 +226,8 @@ def _attended(
     """
     attend = _sdpa if scores.sinks is None and scores.softcap is None else _explicit
     blocks, tokens = layout.blocks(window, query.device), layout.group_tokens
-    queries = query.split([block.queries.stop - block.queries.start for block in blocks], dim=2)
-    groups = zip(key.split(tokens, dim=2), value.split(tokens, dim=2), strict=True)
+    queries = torch.split(query, [block.queries.stop - block.queries.start for block in blocks], dim=2)
+    groups = zip(torch.split(key, tokens, dim=2), torch.split(value, tokens, dim=2), strict=True)
     start = stop = 0
     for block, own_queries in zip(blocks, queries, strict=True):
         if block.queries.start == stop:
