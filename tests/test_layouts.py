@@ -178,7 +178,8 @@ def test_the_order_of_rows_follows_the_seed_and_changes_with_the_epoch(trained):
     assert runs[0][:6] != runs[0][6:]
 
 
-def test_a_stream_of_trees_trains_like_a_file(trained, tmp_path, tiny_models):
+def test_a_stream_of_trees_trains_like_a_file(trained, caplog):
+    caplog.set_level(logging.INFO, logger="thinkfusion.training")
     losses = []
     for streaming in (False, True):
         tokenizer = load_checkpoint("tiny-base")[1]
@@ -188,6 +189,9 @@ def test_a_stream_of_trees_trains_like_a_file(trained, tmp_path, tiny_models):
         losses.append(logged(trainer, "loss"))
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
+    # The file's rows are known at once, the stream's when it has been read to its end.
+    first, second = [record.message for record in caplog.records if "sequences of" in record.message]
+    assert first == second
 
 
 def test_a_mode_counts_as_much_as_its_weight_says(trained):

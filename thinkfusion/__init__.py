@@ -39,6 +39,7 @@ _HOME = {
     "FusionTree": "trees",
     "expand": "trees",
     "fusion_tree": "trees",
+    "Layout": "packing",
     "PackedRows": "packing",
     "PaddingCollator": "packing",
     "RowCollator": "packing",
@@ -84,7 +85,7 @@ if TYPE_CHECKING:
     from thinkfusion.mixture import MixtureOptions, TokenAccount, mix
     from thinkfusion.modes import Mode, Reply, Scheme, split_reply
     from thinkfusion.moe import lora_config
-    from thinkfusion.packing import PackedRows, PaddingCollator, RowCollator
+    from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator
     from thinkfusion.preparing import prepare
     from thinkfusion.reading import DataError
     from thinkfusion.records import iterate_conversations, prompt_overlap, read_conversations

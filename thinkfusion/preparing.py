@@ -216,7 +216,8 @@ class _Preparation:
     def prepared(self, report: RowReport) -> Iterator[Prepared]:
         """The sequences of every chunk, in order, whichever process made them."""
         chunks = _chunks(self.sources, self.plan.records, report)
-        if self.processes == 1:
+        # The worker of a DataLoader that reads a stream may start none of its own.
+        if self.processes == 1 or multiprocessing.current_process().daemon:
             yield from map(self.make, chunks)
             return
         # Forked processes share the tokenizer as it is; elsewhere each builds its own.

@@ -189,6 +189,14 @@ class ThinkFusionTrainer(SFTTrainer):
         self._step_factors, divisor = self._weights.factors(counts)
         return divisor
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the rows of a stream are reported when it has been read to its end."""
+        result = super().train(*args, **kwargs)
+        rows = self.train_dataset
+        if isinstance(rows, StreamedRows) and rows.report.rows and self.args.process_index == 0:
+            logger.info("%s", rows.report)
+        return result
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step forward and backward, under the attention of rows."""
         with self._attention():
