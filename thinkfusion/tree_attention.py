@@ -24,8 +24,9 @@ IMPLEMENTATION = "thinkfusion_tree"
 REPLACED = (None, "sdpa", "eager", "flex_attention")
 """The implementations in whose place ours computes the same; others are asked for by name and cannot take a mask."""
 BRANCHING_LAYERS = {"full_attention", "sliding_attention", "attention"}
-QUERIES_PER_BLOCK = 1024
-GROUPED_TOKENS = 512
+QUERIES_PER_BLOCK = 128
+"""Queries under a mask are cut into blocks: those of a long branch would see a square, half of it in vain."""
+GROUPED_TOKENS = 256
 """Small trees are computed together under one mask, up to so many tokens: less work than a call for each node."""
 
 
@@ -143,7 +144,9 @@ class RowLayout:
 
 def _blocks_of(node: Node, window: int | None, device: torch.device) -> Iterator[_Block]:
     length = node.stop - node.start
-    size = length if window is None else max(window, QUERIES_PER_BLOCK)
+    size = QUERIES_PER_BLOCK if window is None else max(window, QUERIES_PER_BLOCK)
+    if node.fork == 0 and (window is None or window >= length):
+        size = length  # causal without a mask, of which torch computes half
     for first in range(0, length, size):
         last = min(first + size, length)
         # Positions, of which the first `fork` lie in the trunk.
