@@ -25,7 +25,7 @@ REPLACED = (None, "sdpa", "eager", "flex_attention")
 """The implementations in whose place ours computes the same; others are asked for by name and cannot take a mask."""
 BRANCHING_LAYERS = {"full_attention", "sliding_attention", "attention"}
 QUERIES_PER_BLOCK = 128
-"""Queries under a mask are cut into blocks: those of a long branch would see a square, half of it in vain."""
+"""Long nodes are cut into blocks of queries: the whole would be a square, half of which is computed in vain."""
 GROUPED_TOKENS = 256
 """Small trees are computed together under one mask, up to so many tokens: less work than a call for each node."""
 
@@ -145,8 +145,6 @@ class RowLayout:
 def _blocks_of(node: Node, window: int | None, device: torch.device) -> Iterator[_Block]:
     length = node.stop - node.start
     size = QUERIES_PER_BLOCK if window is None else max(window, QUERIES_PER_BLOCK)
-    if node.fork == 0 and (window is None or window >= length):
-        size = length  # causal without a mask, of which torch computes half
     for first in range(0, length, size):
         last = min(first + size, length)
         # Positions, of which the first `fork` lie in the trunk.
