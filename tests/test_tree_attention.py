@@ -253,7 +253,9 @@ def test_blocks_hold_exactly_the_pairs_that_are_visible(seed, window, queries, g
     assert torch.equal(torch.cat([place[block.queries] for block in blocks]), place)
 
 
-def test_small_trees_share_a_block_and_large_ones_have_their_own():
+def test_small_trees_share_a_block_and_large_ones_have_their_own(monkeypatch):
+    monkeypatch.setattr(module, "QUERIES_PER_BLOCK", 1000)
+
     def spans(*sizes):
         ends = np.cumsum(sizes).tolist()
         layout = RowLayout([(end - size, 0, end - size, end) for end, size in zip(ends, sizes, strict=True)])
