@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tests.test_packing import numbered
-from thinkfusion import PackedRows, RowCollator, generate_samples, prepare
+from thinkfusion import PackedRows, RowCollator
 from thinkfusion.packing import Layout, RowSampler, StreamedRows
 
 
@@ -131,17 +131,3 @@ def test_two_processes_see_every_sequence_once_an_epoch(name, visits):
     assert len(first[0]) == len(second[0])
     if count > 4:
         assert (first == second) == streaming
-
-
-def test_a_stream_made_by_processes_is_read_by_a_worker_without_them(tokenizer):
-    """A DataLoader's worker may start no processes of its own."""
-    rows = [
-        {"question": each.question, "reasoning": each.reasoning, "answer": each.answer}
-        for each in generate_samples(6, seed=1)
-    ]
-    stream, _ = prepare(rows, tokenizer, streaming=True, processes=2)
-    loader = DataLoader(StreamedRows(stream, Layout()), batch_size=2, collate_fn=RowCollator(0), num_workers=1)
-    plain, _ = prepare(rows, tokenizer, streaming=True)
-    expected = DataLoader(StreamedRows(plain, Layout()), batch_size=2, collate_fn=RowCollator(0))
-    for batch, other in zip(loader, expected, strict=True):
-        assert torch.equal(batch["input_ids"], other["input_ids"])

@@ -3,7 +3,9 @@
 
 import itertools
 import json
+import multiprocessing
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -429,3 +431,12 @@ def test_evaluation_prompts_found_in_the_training_rows_are_named(tokenizer, writ
     assert (found.evaluation, found.training, found.prompts) == ([2, 3], [0, 2], 4)
     assert "2 of 4 evaluation prompts are found in 2 training rows" in str(found)
     assert not overlap_with_training(report, asked[:2])
+
+
+def test_the_worker_of_a_loader_makes_a_stream_by_itself(tokenizer, monkeypatch):
+    """It is a daemon, which may start no processes."""
+    rows = [{"question": "a", "reasoning": "b", "answer": "c"}]
+    expected = list(prepare(rows, tokenizer, streaming=True)[0])
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
+    monkeypatch.setattr("thinkfusion.preparing.ProcessPoolExecutor", None)
+    assert list(prepare(rows, tokenizer, streaming=True, processes=2)[0]) == expected

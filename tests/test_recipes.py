@@ -50,6 +50,7 @@ def trained(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--max_steps", "4", "--train_samples", "64", "--logging_steps", "1", "--save_strategy", "steps"]
     flags += ["--save_steps", "4", "--evaluation_samples", "8", "--evaluation_max_new_tokens", "8"]
+    flags += ["--per_device_train_batch_size", "16", "--warmup_steps", "0"]
     done = launch("--output_dir", str(folder), "--evaluation_steps", "2", *flags)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
