@@ -59,13 +59,14 @@ _HOME = {
     "export_checkpoint": "checkpointing",
     "load_checkpoint": "checkpointing",
     "ensure_processes": "launching",
-    "ModeEvaluationCallback": "training",
+    "ModeEvaluationCallback": "callbacks",
     "ThinkFusionConfig": "configuration",
     "ThinkFusionTrainer": "training",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from thinkfusion.callbacks import ModeEvaluationCallback
     from thinkfusion.chat_templates import chat_template, install_chat_template
     from thinkfusion.checkpointing import export_checkpoint, load_checkpoint
     from thinkfusion.configuration import ThinkFusionConfig
@@ -96,7 +97,7 @@ if TYPE_CHECKING:
     from thinkfusion.sources import Source
     from thinkfusion.storing import prepared_cache
     from thinkfusion.tasks import TaskSample, generate_samples, grade
-    from thinkfusion.training import ModeEvaluationCallback, ThinkFusionTrainer
+    from thinkfusion.training import ThinkFusionTrainer
     from thinkfusion.trees import FusionTree, expand, fusion_tree
 
 

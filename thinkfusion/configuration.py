@@ -85,6 +85,32 @@ class ThinkFusionConfig(SFTConfig):
     router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Weight of transformers' balance loss."})
     """0: transformers' balance loss pools all layers and takes collapsed routers for balanced ones."""
 
+    train_router: bool | None = field(
+        default=None, metadata={"help": "Train the routers; by default in full fine-tuning, and not under LoRA."}
+    )
+    """Whether routers train; None: in full fine-tuning, and not under LoRA. This and the next four say what of the
+    model trains, see `set_trainable` and `lora_config`."""
+    train_experts: bool = field(default=True, metadata={"help": "Train the routed experts."})
+    train_shared_experts: bool = field(
+        default=True, metadata={"help": "Train shared experts, and the MLPs of layers without experts."}
+    )
+    train_attention: bool = field(default=True, metadata={"help": "Train the attention."})
+    train_embeddings: bool | None = field(
+        default=None,
+        metadata={"help": "Train all embeddings; by default in full fine-tuning, and under LoRA the control tokens'."},
+    )
+    """Whether all embeddings train. The rows of the control tokens always do."""
+    balance_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the load-balancing loss of each layer's experts; 0: none."}
+    )
+    """The weight of our balance loss, per layer and over all tokens of a step but padding: `thinkfusion.balance`."""
+    router_bias_update_rate: float = field(
+        default=0.0, metadata={"help": "By how much a step moves the routers' correction biases; 0 keeps them."}
+    )
+    """How far each step moves the correction biases of routers that have them (DeepSeek-V3, A.X K1, GLM-4.5: 0.001 in
+    their pretraining) towards the experts that got too few tokens; 0 keeps them as they are."""
+    routing_steps: int = field(default=0, metadata={"help": "Log how tokens are routed every so many steps; 0: never."})
+
     control_token_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the control tokens' rows; by default that of the rest."}
     )
@@ -100,6 +126,9 @@ class ThinkFusionConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: found {value}, expected a number above 0.")
+        for name in ("balance_loss_coef", "router_bias_update_rate", "routing_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a number of at least 0.")
         self.bf16: bool | None
         self.use_cpu: bool
         self.dataloader_pin_memory: bool

@@ -9,12 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from thinkfusion.chat_templates import install_chat_template, installed_template
@@ -22,9 +21,6 @@ from thinkfusion.checkpointing import load_checkpoint
 from thinkfusion.configuration import ThinkFusionConfig
 from thinkfusion.control_tokens import control_rows, multiply_updates, weigh_closing_token
 from thinkfusion.conversations import Conversation
-from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replies, summarise, task_prompts
-from thinkfusion.generation import Sampling
-from thinkfusion.modes import Mode
 from thinkfusion.moe import lora_config
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
@@ -395,80 +391,3 @@ class _ModeSums:
         own = sum(self.parts, torch.zeros(2, len(MODES), dtype=torch.double, device=accelerator.device))
         losses, counts = accelerator.reduce(own, reduction="sum").tolist()
         return losses, counts
-
-
-class ModeEvaluationCallback(TrainerCallback):
-    """Measures both modes during training, by generation on held-out prompts, and logs what it finds.
-
-    Logs `eval_format_error_<mode>`, `eval_accuracy_<mode>`, `eval_truncated_<mode>` every `every_steps` steps and
-    at the end; `reports` keeps the reports by step. Greedy, with the random state left as it was, so that training
-    goes on as it would have without it. Under several processes each replies to its share of the prompts.
-
-    Raises ValueError for fewer than one step, or no prompts.
-    """
-
-    def __init__(
-        self,
-        trainer: ThinkFusionTrainer,
-        prompts: Sequence[EvaluationPrompt] | None = None,
-        *,
-        every_steps: int,
-        samples: int = 64,
-        batch_size: int = 64,
-        max_new_tokens: int = 512,
-        seed: int = 0,
-    ) -> None:
-        if every_steps < 1:
-            raise ValueError(f"every_steps: found {every_steps}, expected at least 1.")
-        self.trainer, self.every_steps = trainer, every_steps
-        self.prompts = list(task_prompts(samples, seed=seed) if prompts is None else prompts[:samples])
-        if not self.prompts:
-            raise ValueError("prompts: found none, expected at least one prompt.")
-        self.batch_size, self.seed = batch_size, seed
-        self.sampling = Sampling(max_new_tokens)
-        self.reports: dict[int, ModeReport] = {}
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        if state.global_step % self.every_steps == 0 or state.global_step >= state.max_steps:
-            # A log marks the step as logged, and the trainer's own figures of this step are still to come.
-            should_log = control.should_log
-            self.measure(state.global_step)
-            control.should_log = should_log
-        return control
-
-    def measure(self, step: int) -> ModeReport:
-        """Reply to the prompts in both modes with the model as it is now, and log the figures."""
-        accelerator = self.trainer.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
-        model = accelerator.unwrap_model(self.trainer.model)
-        own = self.prompts[rank::world]
-        given = (
-            generate_replies(
-                model,
-                self.trainer.processing_class,
-                own,
-                self.sampling,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                progress=False,
-            )
-            if own
-            else {mode: [] for mode in Mode}
-        )
-        shares = gather_object([given]) if world > 1 else [given]
-        replies = {
-            mode: [shares[index % world][mode][index // world] for index in range(len(self.prompts))] for mode in Mode
-        }
-        report = summarise(self.prompts, replies, {**self.sampling._asdict(), "step": step})
-        self.reports[step] = report
-        figures = {
-            f"eval_{name}_{mode}": values[name]
-            for mode, values in report.modes.items()
-            for name in ("format_error", "truncated", "accuracy")
-            if values[name] is not None
-        }
-        # The trainer tells evaluation from training by the model's mode; the training figures wait for their own log.
-        self.trainer.model.eval()
-        self.trainer.log(figures)
-        self.trainer.model.train()
-        return report

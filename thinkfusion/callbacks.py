@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured on the way of a training: both modes, by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import SFTTrainer
+
+from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replies, summarise, task_prompts
+from thinkfusion.generation import Sampling
+from thinkfusion.modes import Mode
+
+
+class ModeEvaluationCallback(TrainerCallback):
+    """Measures both modes during training, by generation on held-out prompts, and logs what it finds.
+
+    Logs `eval_format_error_<mode>`, `eval_accuracy_<mode>`, `eval_truncated_<mode>` every `every_steps` steps and
+    at the end; `reports` keeps the reports by step. Greedy, with the random state left as it was, so that training
+    goes on as it would have without it. Under several processes each replies to its share of the prompts.
+
+    Raises ValueError for fewer than one step, or no prompts.
+    """
+
+    def __init__(
+        self,
+        trainer: SFTTrainer,
+        prompts: Sequence[EvaluationPrompt] | None = None,
+        *,
+        every_steps: int,
+        samples: int = 64,
+        batch_size: int = 64,
+        max_new_tokens: int = 512,
+        seed: int = 0,
+    ) -> None:
+        if every_steps < 1:
+            raise ValueError(f"every_steps: found {every_steps}, expected at least 1.")
+        self.trainer, self.every_steps = trainer, every_steps
+        self.prompts = list(task_prompts(samples, seed=seed) if prompts is None else prompts[:samples])
+        if not self.prompts:
+            raise ValueError("prompts: found none, expected at least one prompt.")
+        self.batch_size, self.seed = batch_size, seed
+        self.sampling = Sampling(max_new_tokens)
+        self.reports: dict[int, ModeReport] = {}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if state.global_step % self.every_steps == 0 or state.global_step >= state.max_steps:
+            # A log marks the step as logged, and the trainer's own figures of this step are still to come.
+            should_log = control.should_log
+            self.measure(state.global_step)
+            control.should_log = should_log
+        return control
+
+    def measure(self, step: int) -> ModeReport:
+        """Reply to the prompts in both modes with the model as it is now, and log the figures."""
+        accelerator = self.trainer.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        model = accelerator.unwrap_model(self.trainer.model)
+        own = self.prompts[rank::world]
+        given = (
+            generate_replies(
+                model,
+                self.trainer.processing_class,
+                own,
+                self.sampling,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                progress=False,
+            )
+            if own
+            else {mode: [] for mode in Mode}
+        )
+        shares = gather_object([given]) if world > 1 else [given]
+        replies = {
+            mode: [shares[index % world][mode][index // world] for index in range(len(self.prompts))] for mode in Mode
+        }
+        report = summarise(self.prompts, replies, {**self.sampling._asdict(), "step": step})
+        self.reports[step] = report
+        figures = {
+            f"eval_{name}_{mode}": values[name]
+            for mode, values in report.modes.items()
+            for name in ("format_error", "truncated", "accuracy")
+            if values[name] is not None
+        }
+        # The trainer tells evaluation from training by the model's mode; the training figures wait for their own log.
+        self.trainer.model.eval()
+        self.trainer.log(figures)
+        self.trainer.model.train()
+        return report
