@@ -204,7 +204,7 @@ def install_chat_template(
     tokenizer.response_template = response_template(chosen, chosen.scheme(scheme))
     added = [tokenizer.convert_tokens_to_ids(token) for token in missing]
     if model is not None:
-        _add_embedding_rows(model, tokenizer, added, old_size)
+        add_embedding_rows(model, tokenizer, added, old_size)
         _set_end_of_turn(model, tokenizer, [*chosen.stops, old_eos])
     if added:
         logger.info("Added the control tokens %s as %s.", ", ".join(missing), added)
@@ -298,9 +298,13 @@ def _call_fields(dialect: Dialect) -> dict[str, Any]:
     return shape
 
 
-def _add_embedding_rows(
+def add_embedding_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: list[int], old_size: int
 ) -> None:
+    """Give `model` rows for the tokens `added`, each the mean of those that were there; a multiple of 64 if it grows.
+
+    old_size: how many tokens the tokenizer had before.
+    """
     import torch
 
     rows = model.get_input_embeddings().weight.shape[0]
