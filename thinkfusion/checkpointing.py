@@ -94,6 +94,8 @@ def _commit(source: str, revision: str | None, trust_remote_code: bool) -> str |
 @contextmanager
 def _plain_errors(name: str) -> Iterator[None]:
     """Turn the errors of loading into those of `load_checkpoint`."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except FileNotFoundError as error:
@@ -102,6 +104,11 @@ def _plain_errors(name: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"{name}: could not be loaded ({_first_line(error)}). Check the name and the revision, run `hf auth login` "
             "if it is private, or name a local folder."
+        ) from None
+    except SafetensorError as error:
+        raise FileNotFoundError(
+            f"{name}: its weights cannot be read ({_first_line(error)}); the file is damaged or only half there. Copy "
+            "it again."
         ) from None
     except _ArchitectureError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -194,7 +201,7 @@ def _load_with_adapter(
     add_rows(model, tokenizer, len(old_tokenizer))
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError, KeyError) as error:
         detail = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), _first_line(error))
         raise _ArchitectureError(
             f"the adapter does not fit its base {base} ({type(model).__name__}): {detail}. Name the base that it was "

@@ -165,14 +165,17 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     # accelerate wraps the forward of a prepared model in autocast, which would hide what merging does.
     forward = vars(inner).get("_original_forward", inner)
     modes = [(module, module.training) for module in inner.modules()]
+    asked = getattr(inner.config, "output_router_logits", None)
     inner.eval()
     try:
+        if asked:
+            inner.config.output_router_logits = False
         with torch.no_grad():
             ids = ids.to(inner.get_input_embeddings().weight.device)
-            logits: torch.Tensor = forward(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_router_logits=False
-            ).logits
+            logits: torch.Tensor = forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
+        if asked:
+            inner.config.output_router_logits = asked
         for module, training in modes:
             module.training = training
     return logits.float().cpu()
@@ -404,7 +407,9 @@ def _check_written(
         logger.warning("Too little memory to load the export beside the model; only its files are checked.")
         _check_files(model, folder)
         return
-    written, _ = load_checkpoint(folder)
+    # A base may be stored in another precision than it was trained in.
+    adapter = (folder / "adapter_config.json").is_file()
+    written, _ = load_checkpoint(folder, dtype=dtype if adapter else "auto")
     found = logits_of(written.to(model.get_input_embeddings().weight.device), probe)
     _compare(expected, found, dtype, "loading the export back gives another model")
 
