@@ -55,6 +55,8 @@ TASK_SEED = 1
 class RecipeArguments:
     model: str = "tiny-base"
     """Folder or Hub id of the checkpoint to start from; `tiny-base` is the embedded one."""
+    revision: str | None = None
+    """Branch, tag or commit of a checkpoint from the Hub; resolved to a commit, which is logged."""
     dataset: list[str] = field(default_factory=lambda: [EMBEDDED])
     """Files (.jsonl, .json, .csv, .parquet, …), patterns or Hub ids, or `tasks` for the embedded tasks."""
     dataset_weights: list[float] | None = None
@@ -93,6 +95,8 @@ class RecipeArguments:
     """Train LoRA adapters (experts included) in place of all weights; they are merged at the end."""
     lora_r: int = 16
     lora_alpha: int = 32
+    adapters_only: bool = False
+    """Write the adapters alone in place of merged weights."""
     prompts: str | None = None
     """A file of prompts to measure the modes on; the embedded tasks have their own."""
     evaluation_samples: int = 1000
@@ -161,7 +165,12 @@ def main() -> None:
 
     # 1. The checkpoint, with the switch installed: template, control tokens, end of turn.
     # Weights that are trained are kept in float32, whatever precision they are multiplied in; adapted ones need not be.
-    model, tokenizer = load_checkpoint(recipe.model, dtype="auto" if recipe.lora and training.bf16 else "float32")
+    model, tokenizer = load_checkpoint(
+        recipe.model,
+        dtype="auto" if recipe.lora and training.bf16 else "float32",
+        revision=recipe.revision,
+        trust_remote_code=training.trust_remote_code,
+    )
     install_chat_template(
         tokenizer, model, scheme=training.scheme, default_mode=training.default_mode, dialect=training.dialect
     )
@@ -204,8 +213,13 @@ def main() -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(training.output_dir)  # gathers the shards, so every process takes part
     elif trainer.is_world_process_zero():
-        dtype = "bfloat16" if training.bf16 else None
-        export_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training.output_dir, dtype=dtype)
+        export_checkpoint(
+            trainer.accelerator.unwrap_model(trainer.model),
+            tokenizer,
+            training.output_dir,
+            dtype="bfloat16" if training.bf16 and not recipe.adapters_only else None,
+            adapters_only=recipe.adapters_only,
+        )
     if not trainer.is_world_process_zero():
         return
     print(f"The checkpoint is in {training.output_dir}.")
