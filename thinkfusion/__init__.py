@@ -46,6 +46,7 @@ _HOME = {
     "prepared_cache": "storing",
     "prepare": "preparing",
     "lora_config": "moe",
+    "describe_moe": "moe",
     "reply": "generation",
     "stream_reply": "generation",
     "EvaluationPrompt": "evaluation",
@@ -56,7 +57,7 @@ _HOME = {
     "task_prompts": "evaluation",
     "mode_table": "reporting",
     "save_report": "reporting",
-    "export_checkpoint": "checkpointing",
+    "export_checkpoint": "exporting",
     "load_checkpoint": "checkpointing",
     "ensure_processes": "launching",
     "ModeEvaluationCallback": "callbacks",
@@ -68,7 +69,7 @@ __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 if TYPE_CHECKING:
     from thinkfusion.callbacks import ModeEvaluationCallback
     from thinkfusion.chat_templates import chat_template, install_chat_template
-    from thinkfusion.checkpointing import export_checkpoint, load_checkpoint
+    from thinkfusion.checkpointing import load_checkpoint
     from thinkfusion.configuration import ThinkFusionConfig
     from thinkfusion.conversations import Conversation, Exchange
     from thinkfusion.evaluation import (
@@ -79,13 +80,14 @@ if TYPE_CHECKING:
         read_prompts,
         task_prompts,
     )
+    from thinkfusion.exporting import export_checkpoint
     from thinkfusion.formats import RecordOptions
     from thinkfusion.generation import reply, stream_reply
     from thinkfusion.launching import ensure_processes
     from thinkfusion.messages import Message
     from thinkfusion.mixture import MixtureOptions, TokenAccount, mix
     from thinkfusion.modes import Mode, Reply, Scheme, split_reply
-    from thinkfusion.moe import lora_config
+    from thinkfusion.moe import describe_moe, lora_config
     from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator
     from thinkfusion.preparing import prepare
     from thinkfusion.reading import DataError

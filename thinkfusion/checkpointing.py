@@ -10,7 +10,6 @@ import json
 import logging
 import re
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +26,6 @@ TINY_BASE = "tiny-base"
 """The name under which recipes know the embedded base checkpoint."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHOWN = 6
-
-
-def __getattr__(name: str) -> Any:
-    """`export_checkpoint` lives in `exporting`; it is still found here."""
-    if name == "export_checkpoint":
-        return import_module("thinkfusion.exporting").export_checkpoint
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def tiny_base_path() -> Path:

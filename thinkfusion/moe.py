@@ -408,7 +408,9 @@ def parameter_kinds(model: Any, layers: Sequence[MoELayer] | None = None) -> dic
 def _kind(name: str, layers: Sequence[MoELayer], embeddings: Sequence[str], classes: dict[str, str]) -> str:
     if _within(name, embeddings):
         return "embeddings"
-    if "Norm" in classes.get(name.rpartition(".")[0], ""):
+    # A norm may have parts (A.X K2 has a small MLP in some).
+    parts = name.split(".")
+    if any("Norm" in classes.get(".".join(parts[:count]), "") for count in range(1, len(parts))):
         return "norms"
     for layer in layers:
         if _within(name, [layer.block, *layer.shared_experts]):
