@@ -70,10 +70,34 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="a system message")
     _generation_flags(chat, max_new_tokens=1024)
 
+    plan = verbs.add_parser("plan", help="see what training takes of a GPU's memory, before loading anything")
+    plan.set_defaults(run=_plan_memory)
+    _plan_flags(plan)
+
     inspect = verbs.add_parser("inspect", help="see what training would learn from your rows")
     inspect.set_defaults(run=_inspect)
     _inspect_flags(inspect)
     return parser
+
+
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_CONFIG", help="a folder, a config.json, or a Hub id")
+    parser.add_argument("--method", choices=("full", "lora"), default="full", help="what trains (default full)")
+    parser.add_argument("--gpus", type=_positive, default=8, help="devices (default 8)")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")
+    parser.add_argument("--sequence-length", type=_positive, default=4096, help="tokens of a row (default 4096)")
+    parser.add_argument("--layout", choices=("tree", "packed", "padded"), default="tree")
+    parser.add_argument("--batch-size", type=_positive, default=1, help="rows of a device at a time (default 1)")
+    parser.add_argument("--lora-r", type=_positive, default=16)
+    parser.add_argument("--no-bf16", action="store_true", help="compute in float32")
+    parser.add_argument("--no-gradient-checkpointing", action="store_true")
+    parser.add_argument(
+        "--strategy", choices=("ddp", "fsdp2", "deepspeed_zero3"), help="default: the simplest that fits"
+    )
+    parser.add_argument("--write-accelerate-config", metavar="FILE", help="write the file for accelerate launch")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+    parser.add_argument("--revision", help="of a Hub id: a branch, tag or commit")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +197,41 @@ def _evaluate(options: argparse.Namespace) -> None:
     path = save_report(report, output)
     print(mode_table(report))
     print(f"Written: {path}")
+
+
+def _plan_memory(options: argparse.Namespace) -> int:
+    """Print the plan; 1 if nothing fits and no strategy was asked for."""
+    _quiet()
+    from thinkfusion.planning import Setup, plan_memory, read_config
+    from thinkfusion.sharding import choose_sharding, config_text, write_accelerate_config
+
+    setup = Setup(
+        options.method,
+        options.gpus,
+        options.gpu_memory,
+        options.sequence_length,
+        options.layout,
+        options.batch_size,
+        options.lora_r,
+        not options.no_bf16,
+        not options.no_gradient_checkpointing,
+    )
+    config = read_config(options.model, trust_remote_code=options.trust_remote_code, revision=options.revision)
+    plan, sharding = plan_memory(config, setup), choose_sharding(config, options.layout)
+    strategy = options.strategy or plan.chosen
+    launch = None if strategy is None else config_text(strategy, sharding, gpus=setup.gpus, bf16=setup.bf16)
+    if options.write_accelerate_config is not None:
+        if strategy is None:
+            raise ValueError(f"nothing fits, so there is no configuration to write. {' '.join(plan.remarks)}")
+        write_accelerate_config(options.write_accelerate_config, strategy, sharding, gpus=setup.gpus, bf16=setup.bf16)
+    if options.json:
+        print(json.dumps({**plan.to_dict(), "sharding": sharding.to_dict(), "accelerate_config": launch}))
+    else:
+        print(plan, *(f"- {remark}" for remark in sharding.remarks), sep="\n")
+        print(f"experts_implementation: {sharding.experts_implementation}, ", end="")
+        print(f"attn_implementation: {sharding.attn_implementation}")
+        print(f"\n{launch}" if launch else "", end="")
+    return 0 if strategy else 1
 
 
 def _chat(options: argparse.Namespace) -> None:

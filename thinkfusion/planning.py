@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from thinkfusion.checkpointing import TINY_BASE, tiny_base_path
 from thinkfusion.moe import MoEDescription, bare, describe_moe, meta_model
@@ -166,13 +166,12 @@ def read_config(name: str | Path, *, trust_remote_code: bool = False, revision: 
     if file.is_file():
         given = _read_json(file)
         family = given.get("model_type")
-        known = AutoConfig.for_model
         if "auto_map" in given and trust_remote_code:
             return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=True)
         if not isinstance(family, str):
             raise ValueError(f"{file}: there is no model_type in it, so it is no model's configuration.")
         try:
-            return known(**given)
+            return AutoConfig.for_model(**given)
         except (ValueError, KeyError) as error:
             if "model identifier" not in str(error):
                 raise ValueError(f"{file}: {str(error).splitlines()[0]}") from None
@@ -208,16 +207,18 @@ def plan_memory(config: Any, setup: Setup) -> MemoryPlan:
     """
     model = meta_model(config)
     description = describe_moe(model)
+    kept, outside, traced = _kept(model, description, setup)
     if setup.method == "lora":
-        model = _adapted(model, setup)
+        model = adapted_model(model, setup)
+        kept = [own + extra for own, extra in zip(kept, _kept_by_adapters(model, setup), strict=True)]
     sizes = measure_sizes(model, setup)
-    activations, traced = _activations(model, setup)
+    activations = _activations(bare(model).config.get_text_config(), kept, outside, setup)
     memory = {name: _memory(name, sizes, activations, setup.gpus) for name in STRATEGIES}
     plan = MemoryPlan(description, setup, sizes, memory, traced)
     return replace(plan, remarks=tuple(_remarks(plan)))
 
 
-def _adapted(model: Any, setup: Setup) -> Any:
+def adapted_model(model: Any, setup: Setup) -> Any:
     """The model with the adapters that `lora_config` would give it; the control tokens' few rows are left out."""
     from peft import get_peft_model
 
@@ -251,7 +252,7 @@ def decoder_layers(model: Any) -> list[Any]:
     if not lists:
         return []
     top = min(depth for depth, _ in lists)
-    return list(max((module for depth, module in lists if depth == top), key=len))
+    return list(max((module for depth, module in lists if depth == top), key=lambda layers: len(layers)))
 
 
 def _memory(strategy: str, sizes: Sizes, activations: int, gpus: int) -> Memory:
@@ -289,27 +290,47 @@ def _trained_share(sizes: Sizes, parameters: int) -> int:
     return parameters * sizes.trained // max(sizes.trained + sizes.frozen, 1)
 
 
-def _activations(model: Any, setup: Setup) -> tuple[int, bool]:
-    """Bytes kept for the backward pass of a device's rows, and whether they were traced.
-
-    With gradient checkpointing these are the inputs of the layers and what one layer keeps. The gradients that are
-    under way are about as large as what the largest layer keeps. The loss adds a chunk's logits, their exponentials
-    and their gradients.
-    """
-    config = bare(model).config.get_text_config()
-    tokens = setup.batch_size * setup.sequence_length
-    size = 2 if setup.bf16 else 4
-    loss = 3 * 4 * min(tokens, LOSS_CHUNK) * config.vocab_size + 4 * tokens * config.hidden_size
+def _kept(model: Any, description: MoEDescription, setup: Setup) -> tuple[list[int], int, bool]:
+    """What `trace_layers` finds, or else a formula's figures; and whether it was traced."""
     try:
-        layers, outside = trace_layers(model, setup)
-        traced = True
+        return *trace_layers(model, setup), True
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError):
-        layers, outside, traced = _layers_by_formula(model, tokens, size), 0, False
-    if setup.gradient_checkpointing:
-        kept = len(layers) * size * tokens * config.hidden_size + max(layers, default=0)
-    else:
-        kept = sum(layers)
-    return kept + max(layers, default=0) + outside + loss, traced
+        return _kept_by_formula(model, description, setup), 0, False
+
+
+def _kept_by_adapters(model: Any, setup: Setup) -> list[int]:
+    """Bytes that the adapters of each decoder layer keep for its backward pass.
+
+    An adapted linear layer keeps its input and the narrow product. Adapted experts (a parameter, not a module) are
+    made whole: the weight with its adapter multiplied out, which the multiplication keeps.
+    """
+    tokens, size = setup.batch_size * setup.sequence_length, 2 if setup.bf16 else 4
+    kept = []
+    for layer in decoder_layers(model):
+        total = 0
+        for module in layer.modules():
+            if not hasattr(module, "lora_A"):
+                continue
+            if hasattr(module, "parameter_name"):
+                total += module.get_param().numel() * size
+            else:
+                total += sum(tokens * size * sum(each.weight.shape) for each in module.lora_A.values())
+        kept.append(total)
+    return kept
+
+
+def _activations(config: Any, kept: Sequence[int], outside: int, setup: Setup) -> int:
+    """Bytes at the height of a step, of what `kept` tells of each decoder layer.
+
+    With gradient checkpointing the inputs of all layers and what one layer keeps. The gradients that are under way
+    are about as large as what the largest layer keeps. The loss adds a chunk's logits, their exponentials and their
+    gradients, and the gradient of the last hidden states.
+    """
+    tokens, size = setup.batch_size * setup.sequence_length, 2 if setup.bf16 else 4
+    loss = 3 * 4 * min(tokens, LOSS_CHUNK) * config.vocab_size + 4 * tokens * config.hidden_size
+    largest = max(kept, default=0)
+    stored = len(kept) * size * tokens * config.hidden_size + largest if setup.gradient_checkpointing else sum(kept)
+    return int(stored + largest + outside + loss)
 
 
 def trace_layers(model: Any, setup: Setup) -> tuple[list[int], int]:
@@ -319,7 +340,6 @@ def trace_layers(model: Any, setup: Setup) -> tuple[list[int], int]:
     """
     import torch
 
-    inner = bare(model)
     _compute_in(model, torch.bfloat16 if setup.bf16 else torch.float32)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     held: dict[int, Any] = {}  # keeps storages alive, so that no two have one address
@@ -349,11 +369,13 @@ def trace_layers(model: Any, setup: Setup) -> tuple[list[int], int]:
     handles += [layer.register_forward_hook(enter(-1)) for layer in layers]
     shape = (setup.batch_size, setup.sequence_length)
     try:
-        with _planned_attention(inner), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with _planned_attention(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             ids = torch.zeros(shape, dtype=torch.long, device="meta")
             positions = torch.arange(shape[1], device="meta").expand(shape)
-            embedded = inner.get_input_embeddings()(ids).requires_grad_()
-            inner.get_decoder()(inputs_embeds=embedded, position_ids=positions, use_cache=False)
+            embedded = model.get_input_embeddings()(ids).requires_grad_()
+            # With a mask, transformers does not look into the positions for packed sequences.
+            mask = torch.ones(shape, dtype=torch.long, device="meta")
+            model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -361,9 +383,9 @@ def trace_layers(model: Any, setup: Setup) -> tuple[list[int], int]:
 
 
 def _compute_in(model: Any, dtype: Any) -> None:
-    """Cast what is computed in lower precision; adapters keep theirs. On `meta` this moves nothing."""
-    for name, parameter in model.named_parameters():
-        if "lora_" not in name and parameter.is_floating_point():
+    """Cast the weights to what they are multiplied in. On `meta` this moves nothing."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
@@ -386,7 +408,7 @@ def _planned_attention(model: Any) -> Iterator[None]:
             raise AssertionError("nothing is computed on meta")
 
     def attend(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> tuple[Any, None]:
-        return Fused.apply(query, key, value), None
+        return cast(Any, Fused).apply(query, key, value), None
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
@@ -402,9 +424,8 @@ def _planned_attention(model: Any) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
-def _layers_by_formula(model: Any, tokens: int, size: int) -> list[int]:
+def _kept_by_formula(model: Any, description: MoEDescription, setup: Setup) -> list[int]:
     """Inputs and outputs of every matrix that a token passes: for layers that do not run on `meta`."""
-    description = describe_moe(bare(model))
     share = description.top_k / description.num_experts if description.num_experts else 1.0
     kept = []
     for layer in decoder_layers(model):
@@ -414,7 +435,7 @@ def _layers_by_formula(model: Any, tokens: int, size: int) -> list[int]:
                 width += sum(parameter.shape)
             elif parameter.dim() == 3 and parameter.shape[0] == description.num_experts:
                 width += share * parameter.shape[0] * sum(parameter.shape[1:])
-        kept.append(round(width * tokens * size))
+        kept.append(round(width * setup.batch_size * setup.sequence_length * (2 if setup.bf16 else 4)))
     return kept
 
 

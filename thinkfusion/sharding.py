@@ -8,7 +8,7 @@ leaves, gathered as a whole (transformers #39275).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ class Sharding:
     """"grouped_mm" where the family can take it, else "eager"; None for a dense model."""
     attn_implementation: str
     remarks: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def choose_sharding(model_or_config: Any, layout: str = "tree") -> Sharding:
