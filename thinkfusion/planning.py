@@ -248,11 +248,13 @@ def decoder_layers(model: Any) -> list[Any]:
     """The decoder layers of a model, with adapters or without; the longest list of modules nearest to the top."""
     from torch import nn
 
-    lists = [(name.count("."), module) for name, module in bare(model).named_modules() if type(module) is nn.ModuleList]
+    lists = [
+        (name.count("."), list(module)) for name, module in bare(model).named_modules() if type(module) is nn.ModuleList
+    ]
     if not lists:
         return []
     top = min(depth for depth, _ in lists)
-    return list(max((module for depth, module in lists if depth == top), key=lambda layers: len(layers)))
+    return max((modules for depth, modules in lists if depth == top), key=len)
 
 
 def _memory(strategy: str, sizes: Sizes, activations: int, gpus: int) -> Memory:
@@ -336,11 +338,12 @@ def _activations(config: Any, kept: Sequence[int], outside: int, setup: Setup) -
 def trace_layers(model: Any, setup: Setup) -> tuple[list[int], int]:
     """Bytes that each decoder layer keeps for its backward pass, and all outside of them, parameters not counted.
 
-    A forward pass on `meta`. Attention keeps queries, keys, values and its output, as fused kernels do.
+    A forward pass on `meta`, in bfloat16, since grouped_mm knows no other there; float32 takes twice as much. Attention
+    keeps queries, keys, values and its output, as fused kernels do.
     """
     import torch
 
-    _compute_in(model, torch.bfloat16 if setup.bf16 else torch.float32)
+    _compute_in(model, torch.bfloat16)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     held: dict[int, Any] = {}  # keeps storages alive, so that no two have one address
     kept, current = [0] * len(decoder_layers(model)), -1
@@ -379,7 +382,8 @@ def trace_layers(model: Any, setup: Setup) -> tuple[list[int], int]:
     finally:
         for handle in handles:
             handle.remove()
-    return kept, outside
+    factor = 1 if setup.bf16 else 2
+    return [factor * own for own in kept], factor * outside
 
 
 def _compute_in(model: Any, dtype: Any) -> None:
