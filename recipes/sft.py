@@ -190,7 +190,11 @@ def main() -> None:
         prompts = without_overlap(recipe, report, prompts)
 
     # 3. Training in both modes.
-    adapter = lora_config(model, tokenizer, r=recipe.lora_r, lora_alpha=recipe.lora_alpha) if recipe.lora else None
+    adapter = None
+    if recipe.lora:
+        adapter = lora_config(
+            model, tokenizer, r=recipe.lora_r, lora_alpha=recipe.lora_alpha, **training.kinds_that_train(lora=True)
+        )
     trainer = ThinkFusionTrainer(
         model, training, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter
     )

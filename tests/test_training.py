@@ -25,7 +25,7 @@ from thinkfusion import (
     prepare,
     task_prompts,
 )
-from thinkfusion.moe import expert_parameters
+from thinkfusion.trainable import expert_parameters
 
 ALL = RecordOptions(max_skipped=1.0)
 

@@ -45,7 +45,8 @@ _HOME = {
     "RowCollator": "packing",
     "prepared_cache": "storing",
     "prepare": "preparing",
-    "lora_config": "moe",
+    "lora_config": "trainable",
+    "set_trainable": "trainable",
     "describe_moe": "moe",
     "reply": "generation",
     "stream_reply": "generation",
@@ -87,7 +88,7 @@ if TYPE_CHECKING:
     from thinkfusion.messages import Message
     from thinkfusion.mixture import MixtureOptions, TokenAccount, mix
     from thinkfusion.modes import Mode, Reply, Scheme, split_reply
-    from thinkfusion.moe import describe_moe, lora_config
+    from thinkfusion.moe import describe_moe
     from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator
     from thinkfusion.preparing import prepare
     from thinkfusion.reading import DataError
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from thinkfusion.sources import Source
     from thinkfusion.storing import prepared_cache
     from thinkfusion.tasks import TaskSample, generate_samples, grade
+    from thinkfusion.trainable import lora_config, set_trainable
     from thinkfusion.training import ThinkFusionTrainer
     from thinkfusion.trees import FusionTree, expand, fusion_tree
 

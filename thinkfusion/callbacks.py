@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured on the way of a training: both modes, by generation."""
+"""What is watched on the way of a training: that all of it learns, and both modes, by generation."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from trl import SFTTrainer
 from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replies, summarise, task_prompts
 from thinkfusion.generation import Sampling
 from thinkfusion.modes import Mode
+from thinkfusion.trainable import check_gradients, trained_line
+
+logger = logging.getLogger(__name__)
 
 
 class ModeEvaluationCallback(TrainerCallback):
@@ -90,3 +94,32 @@ class ModeEvaluationCallback(TrainerCallback):
         self.trainer.log(figures)
         self.trainer.model.train()
         return report
+
+
+class GradientCheck(TrainerCallback):
+    """At the first optimizer step: stops if something that is meant to train got no gradient, and says what trains.
+
+    Raises ValueError as `thinkfusion.trainable.check_gradients`. Weights that DeepSpeed shards keep their gradients
+    elsewhere; then it says that nothing was checked.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.checked = False
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.checked:
+            return
+        self.checked = True
+        model = self.accelerator.unwrap_model(model)
+        if all(parameter.grad is None for parameter in model.parameters()):
+            logger.warning("Gradients are kept by the engine that shards them: what trains was not checked.")
+            return
+        idle = check_gradients(model)
+        if not state.is_world_process_zero:
+            return
+        logger.info("%s", trained_line(model))
+        if idle:
+            logger.info("Experts that no token of the first step was routed to: %s.", "; ".join(idle))

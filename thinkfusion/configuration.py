@@ -188,6 +188,16 @@ class ThinkFusionConfig(SFTConfig):
         """`mode_weights` and `normalise_by_mode`, read."""
         return ModeWeights.parse(self.mode_weights, self.normalise_by_mode)
 
+    def kinds_that_train(self, *, lora: bool) -> dict[str, bool]:
+        """The settings `train_…`, for `lora_config` or `set_trainable`; some defaults are those of full fine-tuning."""
+        return {
+            "train_router": not lora if self.train_router is None else self.train_router,
+            "train_experts": self.train_experts,
+            "train_shared_experts": self.train_shared_experts,
+            "train_attention": self.train_attention,
+            "train_embeddings": not lora if self.train_embeddings is None else self.train_embeddings,
+        }
+
     def preparation(self, max_length: int | None, records: RecordOptions | None = None) -> dict[str, Any]:
         """What `prepare` is given; `records` are the options of reading, to which the policies of this are added."""
         records = replace(records or RecordOptions(), on_bad_row=self.on_bad_row, max_skipped=self.max_skipped)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a model trains, by kind: under LoRA its targets, in full fine-tuning what is frozen, and a check that it does.
+"""What of a model trains, by kind: LoRA's targets, what is frozen in full fine-tuning, and a check of the rest.
 
 The commonest silent failure of fine-tuned Mixtures of Experts is that nothing reached the experts. Here every parameter
 that is meant to train must have got a gradient by the first optimizer step.
@@ -8,11 +8,12 @@ that is meant to train must have got a gradient by the first optimizer step.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from thinkfusion.chat_templates import installed_template
-from thinkfusion.moe import KINDS, bare, moe_layers, parameter_kinds
+from thinkfusion.moe import KINDS, moe_layers, parameter_kinds
 
 if TYPE_CHECKING:
     import torch
@@ -97,8 +98,8 @@ def lora_config(
             _check_matches(name, options[name], places)
     if not given["target_modules"] and not given["target_parameters"]:
         raise ValueError(
-            f"lora_config: found nothing to adapt in {type(model).__name__} among {', '.join(sorted(wanted)) or 'nothing'}. "
-            "Set one of train_attention, train_experts, train_shared_experts, train_router."
+            f"lora_config: found nothing to adapt in {type(model).__name__}. Set train_attention, train_experts, "
+            "train_shared_experts or train_router."
         )
     if not given["target_modules"]:
         # peft would otherwise choose modules of its own for the family.
@@ -114,34 +115,46 @@ def _targets(model: PreTrainedModel, wanted: set[str]) -> tuple[list[str], list[
     modules = dict(model.named_modules())
     linear, parameters = [], []
     for name, parameter in model.named_parameters():
-        if kinds[name] not in wanted or CHOOSING in name or parameter.dim() not in (2, 3):
+        if kinds[name] not in wanted or CHOOSING in name:
             continue
         owner, _, own = name.rpartition(".")
         if type(modules[owner]) is nn.Linear:
-            linear.append(owner)
-        # Two dimensions beside experts are their biases, or corrections of the choice.
-        elif (
-            "bias" not in own
-            and (parameter.dim() == 3) == (kinds[name] == "experts")
-            and wanted & {"experts", "router"}
-        ):
+            linear += [owner] if own == "weight" else []
+        elif own.endswith("bias") or kinds[name] not in ("experts", "router"):
+            continue
+        elif parameter.dim() == (3 if kinds[name] == "experts" else 2):
             parameters.append(name)
-    others = [name for name in modules if name not in set(linear)]
-    all_parameters = [name for name, _ in model.named_parameters()]
-    rest = [name for name in all_parameters if name not in set(parameters)]
-    return _shortest(linear, others), [name for name in _shortest(parameters, rest, least=2)]
+    names = _shortest(linear, modules)
+    lost = _taken_for_experts(model, names)
+    parameters += [f"{owner}.weight" for owner in linear if any(f".{owner}".endswith(f".{end}") for end in lost)]
+    return [name for name in names if name not in lost], _shortest(parameters, kinds, least=2)
 
 
-def _shortest(names: Sequence[str], others: Iterable[str], least: int = 1) -> list[str]:
-    """Ends of `names`, of at least `least` parts, that are ends of none of the `others`."""
-    others = list(others)
-    taken = {".".join(name.split(".")[-count:]) for name in others for count in range(1, name.count(".") + 2)}
-    ends = set()
-    for name in names:
-        parts = name.split(".")
-        counts = range(least, len(parts) + 1)
-        ends.add(next((end for count in counts if (end := ".".join(parts[-count:])) not in taken), name))
-    return sorted(ends)
+def _taken_for_experts(model: PreTrainedModel, names: list[str]) -> set[str]:
+    """Those of `names` that peft would take for experts.
+
+    peft 0.21 translates adapters of old checkpoints, whose experts were modules: in many families it turns `gate_proj`,
+    `up_proj` and `down_proj`, in whatever module, into the experts' parameters, so that shared experts and dense layers
+    would silently stay as they are. Their weights are named as parameters then.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    translated = LoraConfig(target_modules=list(names))
+    convert_peft_config_for_transformers(translated, model, None)
+    return set(names) - set(translated.target_modules)
+
+
+def _shortest(names: Sequence[str], everything: Iterable[str], least: int = 1) -> list[str]:
+    """Ends of `names`, of at least `least` parts, that are ends of no other name in `everything`."""
+    chosen = set(names)
+    taken = {end for name in everything if name not in chosen for end in _ends(name)}
+    return sorted({next((end for end in _ends(name)[least - 1 :] if end not in taken), name) for name in names})
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
 
 
 def _embedding_rows(
@@ -166,8 +179,6 @@ def _name_of(model: PreTrainedModel, wanted: Any) -> str:
 
 
 def _check_matches(setting: str, targets: Any, names: Sequence[str]) -> None:
-    import re
-
     if isinstance(targets, str):
         # peft takes "all-linear" for every linear layer, and any other text for a pattern.
         missing = [] if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names) else [targets]
@@ -191,9 +202,9 @@ def set_trainable(
 ) -> None:
     """Freeze what is not to train in full fine-tuning: parameters by kind. What was frozen before stays so.
 
-    Norms and whatever is of no kind train. Without `train_embeddings` the rows `control_ids` of the embeddings still do;
-    give them no weight decay, see `frozen_rows`. Correction biases never train by gradient, and parts that no gradient
-    reaches (the indexers of sparse attention) are frozen, with a remark.
+    Norms and whatever is of no kind train. Without `train_embeddings` the rows `control_ids` of the embeddings still
+    do; give these no weight decay, see `frozen_rows`. Correction biases never train by gradient, and parts that no
+    gradient reaches (the indexers of sparse attention) are frozen, with a remark.
     """
     wanted = trained_kinds(
         train_router=train_router,
@@ -266,23 +277,19 @@ def check_gradients(model: PreTrainedModel) -> list[str]:
     names the parameters without a gradient. In LoRA's first step A has a gradient of zero, since B is zero.
     """
     kinds = parameter_kinds(model)
-    experts = {_lora_owner(name): layer.num_experts for layer in moe_layers(bare(model)) for name in layer.experts}
+    experts = {name: layer.num_experts for layer in moe_layers(model) for name in layer.experts}
     without, idle = [], []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         gradient = parameter.grad
-        in_list = (
-            kinds[name] == "experts" and any(f".{owner}." in f".{name}" for owner in experts) and parameter.dim() < 3
-        )
-        if gradient is None:
-            (idle if in_list and "lora_" not in name else without).append(name)
-        elif ".lora_A." in name:
+        if not parameter.requires_grad or (".lora_A." in name and gradient is not None):
             continue
-        elif kinds[name] == "experts" and bool(gradient.any()):
-            unused = _unused(name, gradient, experts)
+        if gradient is not None and bool(gradient.any()):
+            unused = _unused(name, gradient, experts) if kinds[name] == "experts" else []
             idle += [f"{name}: {', '.join(map(str, unused))}"] if unused else []
-        elif not bool(gradient.any()):
+        # An expert that is a module of its own is idle as a whole.
+        elif kinds[name] == "experts" and re.search(r"\.experts\.\d+\.", name):
+            idle.append(name)
+        else:
             without.append(name)
     if without:
         shown = ", ".join(without[:SHOWN]) + (f" and {len(without) - SHOWN} more" if len(without) > SHOWN else "")
@@ -292,10 +299,6 @@ def check_gradients(model: PreTrainedModel) -> list[str]:
             "find out why the loss does not depend on them."
         )
     return idle
-
-
-def _lora_owner(name: str) -> str:
-    return name
 
 
 def _unused(name: str, gradient: torch.Tensor, experts: dict[str, int]) -> list[int]:

@@ -16,17 +16,18 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from thinkfusion.chat_templates import install_chat_template, installed_template
+from thinkfusion.callbacks import GradientCheck
+from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template
 from thinkfusion.checkpointing import load_checkpoint
 from thinkfusion.configuration import ThinkFusionConfig
 from thinkfusion.control_tokens import control_rows, multiply_updates, weigh_closing_token
 from thinkfusion.conversations import Conversation
-from thinkfusion.moe import lora_config
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
 from thinkfusion.rendering import IGNORED
 from thinkfusion.row_report import RowReport
 from thinkfusion.sequences import MODES
+from thinkfusion.trainable import frozen_rows, lora_config, set_trainable
 from thinkfusion.tree_attention import RowLayout, check_implementation, tree_attention, why_not_trees
 from thinkfusion.trees import trunk_is_non_thinking
 
@@ -39,7 +40,7 @@ class ThinkFusionTrainer(SFTTrainer):
     model: a model, or the name of a checkpoint to load together with its tokenizer.
     train_dataset, eval_dataset: conversations, a file or data set id, a `Dataset` of raw rows (`messages`, or question,
         reasoning and answer), or one that `thinkfusion.prepare` made.
-    peft_config: a LoRA configuration; True for the one of `thinkfusion.lora_config`.
+    peft_config: a LoRA configuration; True for the one of `thinkfusion.lora_config`, with `args`' `train_…`.
 
     A tokenizer without our chat template gets it installed, and the model the embeddings of new control tokens.
     `row_report` tells what became of the training rows. Logs `loss_thinking`, `loss_non_thinking` (mean loss of
@@ -68,29 +69,13 @@ class ThinkFusionTrainer(SFTTrainer):
         if processing_class is None:
             raise ValueError("processing_class: missing; give the tokenizer of the model.")
         tokenizer = processing_class
-        template = installed_template(tokenizer)
-        if template is None:
-            logger.warning("Installing the chat template with the scheme %r on the tokenizer.", args.scheme)
-            install_chat_template(
-                tokenizer, model, scheme=args.scheme, default_mode=args.default_mode, dialect=args.dialect
-            )
-        elif template.scheme.name != args.scheme:
-            raise ValueError(
-                f"scheme: {args.scheme!r} was asked for, but the tokenizer's template has the scheme "
-                f"{template.scheme.name!r}. Set one of the two."
-            )
-        rows = model.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > rows:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer):,} tokens, and the model embeddings for {rows:,}. Give the model "
-                "to install_chat_template(tokenizer, model)."
-            )
-        template = installed_template(tokenizer)
-        assert template is not None
+        template = _installed(tokenizer, model, args)
         self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in template.dialect.control_tokens]
         self._closing_id = tokenizer.convert_tokens_to_ids(template.scheme.closing_token)
         if peft_config is True:
-            peft_config = lora_config(model, tokenizer)
+            peft_config = lora_config(model, tokenizer, **args.kinds_that_train(lora=True))
+        if peft_config is None and not isinstance(model, PeftModel):
+            set_trainable(model, **args.kinds_that_train(lora=False), control_ids=self._control_ids)
         _check_new_tokens_train(model, peft_config, self._control_ids)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if args.max_length is not None and limit is not None and args.max_length > limit:
@@ -122,6 +107,7 @@ class ThinkFusionTrainer(SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        self.add_callback(GradientCheck(self.accelerator))
         head = self.model.get_output_embeddings()
         if isinstance(head, TrainableTokensWrapper):
             # TRL's fused head reads `bias`, which peft's wrapper of a layer without one lacks (trl 1.16, peft 0.21).
@@ -283,6 +269,11 @@ class ThinkFusionTrainer(SFTTrainer):
                 "others would have mixed them. Set sequence_layout='padded' (--sequence_layout padded)."
             )
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """transformers' choice, without those of which some rows are frozen: decay would move these."""
+        whole = frozen_rows(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in whole]
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's optimizer, with the control tokens' own learning rate in it."""
         exists = self.optimizer is not None
@@ -323,6 +314,32 @@ class ThinkFusionTrainer(SFTTrainer):
             if all(f"tokens_{mode}" in record for mode in MODES):
                 self._mode_tokens = {mode: record[f"tokens_{mode}"] for mode in MODES}
                 return
+
+
+def _installed(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: ThinkFusionConfig
+) -> InstalledTemplate:
+    """The tokenizer's switchable template, installed if it has none; ValueError if it is not what `args` asks for."""
+    template = installed_template(tokenizer)
+    if template is None:
+        logger.warning("Installing the chat template with the scheme %r on the tokenizer.", args.scheme)
+        install_chat_template(
+            tokenizer, model, scheme=args.scheme, default_mode=args.default_mode, dialect=args.dialect
+        )
+    elif template.scheme.name != args.scheme:
+        raise ValueError(
+            f"scheme: {args.scheme!r} was asked for, but the tokenizer's template has the scheme "
+            f"{template.scheme.name!r}. Set one of the two."
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens, and the model embeddings for {rows:,}. Give the model "
+            "to install_chat_template(tokenizer, model)."
+        )
+    template = installed_template(tokenizer)
+    assert template is not None
+    return template
 
 
 def _check_new_tokens_train(model: PreTrainedModel, peft_config: Any, control_ids: list[int]) -> None:
