@@ -185,8 +185,8 @@ def _check_matches(setting: str, targets: Any, names: Sequence[str]) -> None:
     else:
         missing = [each for each in targets or [] if not any(f".{name}".endswith(f".{each}") for name in names)]
     if missing:
-        ends = sorted({".".join(name.split(".")[-2:]) for name in names if name})
-        shown = ", ".join(ends[:20]) + (", …" if len(ends) > 20 else "")
+        ends = sorted({name.rpartition(".")[2] for name in names} - {"", *map(str, range(1000))})
+        shown = ", ".join(ends[:30]) + (", …" if len(ends) > 30 else "")
         raise ValueError(f"{setting}: {', '.join(missing)} is nowhere in the model. It has {shown}.")
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from thinkfusion.balance import Balancer, BiasUpdate
 from thinkfusion.callbacks import GradientCheck
 from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template
 from thinkfusion.checkpointing import load_checkpoint
@@ -95,6 +96,7 @@ class ThinkFusionTrainer(SFTTrainer):
         args.remove_unused_columns = False
         self._weights = args.loss_weights
         self._step_factors: torch.Tensor | None = None
+        self._balancer: Balancer | None = None
         self._mode_sums = {"train": _ModeSums(), "eval": _ModeSums()}
         self._mode_tokens = dict.fromkeys(MODES, 0)
         super().__init__(
@@ -108,6 +110,10 @@ class ThinkFusionTrainer(SFTTrainer):
             **kwargs,
         )
         self.add_callback(GradientCheck(self.accelerator))
+        coefficient, rate = args.balance_loss_coef, args.router_bias_update_rate
+        if coefficient or rate:
+            self._balancer = Balancer(self.model, self.accelerator, coefficient=coefficient, update_rate=rate)
+            self.add_callback(BiasUpdate(self._balancer))
         head = self.model.get_output_embeddings()
         if isinstance(head, TrainableTokensWrapper):
             # TRL's fused head reads `bias`, which peft's wrapper of a layer without one lacks (trl 1.16, peft 0.21).
@@ -161,6 +167,8 @@ class ThinkFusionTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """What the sum of a step's losses is divided by: its trained tokens, or what stands for them under weights."""
+        if self._balancer is not None:
+            self._balancer.begin(batch_samples)
         items = super()._get_num_items_in_batch(batch_samples, device)
         if items is None or self._weights.plain:
             return items
@@ -232,11 +240,13 @@ class ThinkFusionTrainer(SFTTrainer):
         modes, nodes = inputs.pop("modes"), inputs.pop("nodes", None)
         weight, closing, labels = self.args.control_token_weight, self._closing_id, inputs["labels"]
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        balancer = self._balancer if self.model.training else None
 
         def forward(**arguments: Any) -> Any:
             if nodes is not None:
                 arguments["tree_layout"] = RowLayout(nodes)
-            outputs = model(**arguments)
+            with balancer.watch(arguments["attention_mask"]) if balancer is not None else nullcontext():
+                outputs = model(**arguments)
             if nodes is not None:
                 self._check_attention(arguments["tree_layout"])
             if getattr(outputs, "log_probs", None) is not None:
@@ -250,7 +260,13 @@ class ThinkFusionTrainer(SFTTrainer):
 
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         self._mode_sums["train" if self.model.training else "eval"].add(modes[:, 1:], *seen[0])
-        return result
+        if balancer is None or not balancer.coefficient:
+            return result
+        balance = balancer.loss()
+        if num_items_in_batch is None:
+            # The trainer divides such a loss by the number of batches.
+            balance = balance * self.current_gradient_accumulation_steps
+        return (result[0] + balance, result[1]) if return_outputs else result + balance
 
     def _factors(self, counts: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
         """By which the loss of each mode's tokens is multiplied: of the whole step, or of a batch that stands alone."""
@@ -300,6 +316,9 @@ class ThinkFusionTrainer(SFTTrainer):
             # Over all tokens: a mean of the batches' means would depend on how rows are laid.
             factors, divisor = self._weights.factors(torch.tensor(counts, dtype=torch.double))
             logs["eval_loss"] = float((factors * torch.tensor(losses, dtype=torch.double)).sum() / divisor)
+        balance = self._balancer.value() if self._balancer is not None and name == "train" else None
+        if balance is not None:
+            logs["balance_loss"] = balance
         for mode, loss, count in zip(MODES, losses, counts, strict=True):
             if count:
                 logs[f"{prefix}loss_{mode}"] = loss / count
