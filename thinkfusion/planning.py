@@ -208,11 +208,14 @@ def plan_memory(config: Any, setup: Setup) -> MemoryPlan:
     model = meta_model(config)
     description = describe_moe(model)
     kept, outside, traced = _kept(model, description, setup)
+    peaks = [2 * own for own in kept]
     if setup.method == "lora":
         model = adapted_model(model, setup)
-        kept = [own + extra for own, extra in zip(kept, _kept_by_adapters(model, setup), strict=True)]
+        extra = _kept_by_adapters(model, setup)
+        kept = [own + more for own, (more, _) in zip(kept, extra, strict=True)]
+        peaks = [own + more for own, (_, more) in zip(peaks, extra, strict=True)]
     sizes = measure_sizes(model, setup)
-    activations = _activations(bare(model).config.get_text_config(), kept, outside, setup)
+    activations = _activations(bare(model).config.get_text_config(), kept, peaks, outside, setup)
     memory = {name: _memory(name, sizes, activations, setup.gpus) for name in STRATEGIES}
     plan = MemoryPlan(description, setup, sizes, memory, traced)
     return replace(plan, remarks=tuple(_remarks(plan)))
@@ -300,39 +303,44 @@ def _kept(model: Any, description: MoEDescription, setup: Setup) -> tuple[list[i
         return _kept_by_formula(model, description, setup), 0, False
 
 
-def _kept_by_adapters(model: Any, setup: Setup) -> list[int]:
-    """Bytes that the adapters of each decoder layer keep for its backward pass.
+def _kept_by_adapters(model: Any, setup: Setup) -> list[tuple[int, int]]:
+    """Bytes that the adapters of each decoder layer keep for its backward pass, and their most during it.
 
     An adapted linear layer keeps its input and the narrow product. Adapted experts (a parameter, not a module) are
-    made whole: the weight with its adapter multiplied out, which the multiplication keeps.
+    made whole: the weight with its adapter multiplied out, which the multiplication keeps. The backward pass makes
+    the gradient of one of them at a time, and then drops both.
     """
     tokens, size = setup.batch_size * setup.sequence_length, 2 if setup.bf16 else 4
     kept = []
     for layer in decoder_layers(model):
-        total = 0
-        for module in layer.modules():
-            if not hasattr(module, "lora_A"):
-                continue
-            if hasattr(module, "parameter_name"):
-                total += module.get_param().numel() * size
-            else:
-                total += sum(tokens * size * sum(each.weight.shape) for each in module.lora_A.values())
-        kept.append(total)
+        adapted = [module for module in layer.modules() if hasattr(module, "lora_A")]
+        whole = [size * module.get_param().numel() for module in adapted if hasattr(module, "parameter_name")]
+        narrow = sum(
+            tokens * size * sum(each.weight.shape)
+            for module in adapted
+            if not hasattr(module, "parameter_name")
+            for each in module.lora_A.values()
+        )
+        most = max(sum(whole) + min(whole), 2 * max(whole)) if whole else 0
+        kept.append((sum(whole) + narrow, most + narrow))
     return kept
 
 
-def _activations(config: Any, kept: Sequence[int], outside: int, setup: Setup) -> int:
-    """Bytes at the height of a step, of what `kept` tells of each decoder layer.
+def _activations(config: Any, kept: Sequence[int], peaks: Sequence[int], outside: int, setup: Setup) -> int:
+    """Bytes at the height of a step, of what each decoder layer keeps, and of its most in the backward pass.
 
-    With gradient checkpointing the inputs of all layers and what one layer keeps. The gradients that are under way
-    are about as large as what the largest layer keeps. The loss adds a chunk's logits, their exponentials and their
+    With gradient checkpointing, the inputs of all layers and the most of one layer. The gradients that are under way
+    are taken to be as large as what a layer keeps. The loss adds a chunk's logits, their exponentials and their
     gradients, and the gradient of the last hidden states.
     """
     tokens, size = setup.batch_size * setup.sequence_length, 2 if setup.bf16 else 4
     loss = 3 * 4 * min(tokens, LOSS_CHUNK) * config.vocab_size + 4 * tokens * config.hidden_size
-    largest = max(kept, default=0)
-    stored = len(kept) * size * tokens * config.hidden_size + largest if setup.gradient_checkpointing else sum(kept)
-    return int(stored + largest + outside + loss)
+    under_way = max((peak - own for peak, own in zip(peaks, kept, strict=True)), default=0)
+    if setup.gradient_checkpointing:
+        stored = len(kept) * size * tokens * config.hidden_size + max(peaks, default=0)
+    else:
+        stored = sum(kept) + under_way
+    return int(stored + outside + loss)
 
 
 def trace_layers(model: Any, setup: Setup) -> tuple[list[int], int]:

@@ -91,7 +91,8 @@ def accelerate_config(strategy: str, sharding: Sharding, *, gpus: int = 8, bf16:
                 "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
                 "fsdp_transformer_layer_cls_to_wrap": ",".join(sharding.layer_classes),
                 "fsdp_reshard_after_forward": True,
-                "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+                # transformers' save_model writes nothing at all of a sharded state.
+                "fsdp_state_dict_type": "FULL_STATE_DICT",
                 "fsdp_cpu_ram_efficient_loading": True,
                 "fsdp_offload_params": False,
                 # The trainer's gradient_checkpointing does it.
