@@ -442,7 +442,7 @@ def read_routes(layer: MoELayer, output: Any) -> tuple[torch.Tensor, torch.Tenso
 
 @contextmanager
 def watch_routes(
-    model: Any, layers: Sequence[MoELayer], seen: Callable[[int, torch.Tensor, torch.Tensor], None]
+    model: Any, layers: Sequence[MoELayer], seen: Callable[[int, torch.Tensor, torch.Tensor], Any]
 ) -> Iterator[None]:
     """Within it, `seen` gets the position in `layers`, the logits and the chosen experts at every run of a router.
 
@@ -451,7 +451,11 @@ def watch_routes(
     inner = bare(model)
 
     def hook(position: int) -> Callable[..., None]:
-        return lambda module, given, output: seen(position, *read_routes(layers[position], output))
+        def pass_on(module: nn.Module, given: Any, output: Any) -> None:
+            # What a hook returns would take the place of the output.
+            seen(position, *read_routes(layers[position], output))
+
+        return pass_on
 
     handles = [
         inner.get_submodule(layer.router).register_forward_hook(hook(position)) for position, layer in enumerate(layers)
