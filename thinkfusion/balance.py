@@ -10,7 +10,7 @@ another expert for balanced ones. Shares are those of all processes and of the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,7 @@ def affinities(logits: torch.Tensor, score_function: str) -> torch.Tensor:
 def layer_balance(counts: torch.Tensor, affinity_sums: torch.Tensor, tokens: torch.Tensor | float) -> torch.Tensor:
     """The loss of one layer: choices and summed affinities of its experts, both (experts,), of so many tokens."""
     shares = counts / counts.sum().clamp(min=1)
-    return counts.shape[0] * (shares * affinity_sums / tokens).sum()
+    return counts.shape[0] * (shares * affinity_sums).sum() / tokens
 
 
 def routed(
@@ -40,6 +40,11 @@ def routed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choices and summed affinities of a layer's experts, both (experts,), over the tokens of `mask`, (tokens,)."""
     sums = affinities(logits, layer.score_function)
+    if len(mask) != len(sums):
+        raise ValueError(
+            f"{layer.router}: routed {len(sums):,} tokens of a batch of {len(mask):,}, so that padding cannot be told. "
+            "Set balance_loss_coef and router_bias_update_rate to 0."
+        )
     weights = mask.to(sums)
     counts = torch.zeros(layer.num_experts, dtype=sums.dtype, device=sums.device)
     counts.index_add_(0, chosen.flatten(), weights.repeat_interleave(chosen.shape[1]))
@@ -51,7 +56,11 @@ class Balancer:
 
     coefficient: the weight of the loss. update_rate: how far a step moves each correction bias.
 
-    Raises ValueError for a model without Mixture-of-Experts layers, or without biases where they are to be updated.
+    A frozen router, LoRA's default, stays as it is; the gradient passes it, and what trains below learns hidden states
+    that are routed more evenly. The choice of experts passes none.
+
+    Raises ValueError for a model without Mixture-of-Experts layers; where biases are to be updated, for one without
+    them, with coarse ones, or with an adapter, which does not hold them.
     """
 
     def __init__(self, model: Any, accelerator: Any, *, coefficient: float, update_rate: float) -> None:
@@ -64,11 +73,8 @@ class Balancer:
                 "layer. Leave both at 0."
             )
         self.biases = [layer.correction_bias for layer in self.layers]
-        if update_rate and not all(self.biases):
-            raise ValueError(
-                f"router_bias_update_rate: the routers of {type(self.model).__name__} have no correction bias. Leave it "
-                "at 0, and use balance_loss_coef."
-            )
+        if update_rate:
+            _check_biases(model, self.biases, update_rate)
         self._sizes = [layer.num_experts for layer in self.layers]
         self._tokens: torch.Tensor | float = 0.0
         self._counts: torch.Tensor | None = None
@@ -80,7 +86,8 @@ class Balancer:
         """A step begins, of these batches; their tokens are those of `attention_mask`."""
         self._close()
         own = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum().double()
-        self._tokens = self.accelerator.reduce(own.to(self.accelerator.device), reduction="sum")
+        # Rows that only fill up a step have no tokens at all; their loss is 0, not 0 / 0.
+        self._tokens = self.accelerator.reduce(own.to(self.accelerator.device), reduction="sum").clamp(min=1)
 
     @contextmanager
     def watch(self, mask: torch.Tensor) -> Iterator[None]:
@@ -113,10 +120,11 @@ class Balancer:
                 "checkpointing is reentrant (set gradient_checkpointing_kwargs to {'use_reentrant': false})."
             )
         assert self._counts is not None
-        return self.coefficient * self.accelerator.num_processes * self._mean(self._counts, self._batch)
+        factor: float = self.coefficient * self.accelerator.num_processes
+        return factor * self._mean(self._counts, self._batch)
 
     def _mean(self, counts: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        split = zip(counts.split(self._sizes), sums.split(self._sizes), strict=True)
+        split = zip(torch.split(counts, self._sizes), torch.split(sums, self._sizes), strict=True)
         return torch.stack([layer_balance(*each, self._tokens) for each in split]).mean()
 
     def _close(self) -> None:
@@ -141,9 +149,31 @@ class Balancer:
             return
         names = dict([*self.model.named_parameters(), *self.model.named_buffers()])
         with torch.no_grad():
-            for name, counts in zip(self.biases, self._counts.split(self._sizes), strict=True):
+            for name, counts in zip(self.biases, torch.split(self._counts, self._sizes), strict=True):
                 bias = names[str(name)]
                 bias += self.update_rate * (counts.mean() - counts).sign().reshape(bias.shape).to(bias)
+
+
+def _check_biases(model: Any, biases: Sequence[str | None], rate: float) -> None:
+    """Raise ValueError if correction biases cannot be updated, or what they learn would be lost."""
+    where, inner = "router_bias_update_rate", bare(model)
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{where}: an adapter does not hold the routers' biases, so that what they learn would be lost with the "
+            "base model. Leave it at 0, or train without an adapter."
+        )
+    if not all(biases):
+        raise ValueError(
+            f"{where}: the routers of {type(inner).__name__} have no correction bias. Leave it at 0, and use "
+            "balance_loss_coef."
+        )
+    tensors = dict([*inner.named_parameters(), *inner.named_buffers()])
+    for name in map(str, biases):
+        if torch.finfo(tensors[name].dtype).bits < 32:
+            raise ValueError(
+                f"{where}: {name} is kept in {str(tensors[name].dtype).removeprefix('torch.')}, where steps of {rate} "
+                "are lost. Load the model with dtype='float32'."
+            )
 
 
 class BiasUpdate(TrainerCallback):
