@@ -202,7 +202,7 @@ def test_the_verb_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_nothing_fits_is_said_and_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_file(tmp_path, model_type="qwen3_moe", **LARGE)
-    assert main(["plan", str(tmp_path), "--gpus", "1"]) == 1
+    assert main(["plan", str(tmp_path), "--gpus", "1"]) == 0
     assert "Nothing fits" in capsys.readouterr().out
     assert main(["plan", str(tmp_path), "--gpus", "1", "--write-accelerate-config", str(tmp_path / "a.yaml")]) == 1
     assert "nothing fits" in capsys.readouterr().err

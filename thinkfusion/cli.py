@@ -199,8 +199,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(f"Written: {path}")
 
 
-def _plan_memory(options: argparse.Namespace) -> int:
-    """Print the plan; 1 if nothing fits and no strategy was asked for."""
+def _plan_memory(options: argparse.Namespace) -> None:
+    """Print the plan, whether anything fits or not; ValueError if a file was asked for and nothing fits."""
     _quiet()
     from thinkfusion.planning import Setup, plan_memory, read_config
     from thinkfusion.sharding import choose_sharding, config_text, write_accelerate_config
@@ -231,7 +231,6 @@ def _plan_memory(options: argparse.Namespace) -> int:
         print(f"experts_implementation: {sharding.experts_implementation}, ", end="")
         print(f"attn_implementation: {sharding.attn_implementation}")
         print(f"\n{launch}" if launch else "", end="")
-    return 0 if strategy else 1
 
 
 def _chat(options: argparse.Namespace) -> None:
