@@ -131,7 +131,7 @@ def config_text(strategy: str, sharding: Sharding, *, gpus: int = 8, bf16: bool 
     """The same as YAML, with what it is for."""
     import yaml
 
-    heading = f"# {strategy} of a {sharding.family} model: accelerate launch --config_file THIS recipes/sft.py ...\n"
+    heading = f"# {strategy}, for models of the family {sharding.family}: accelerate launch --config_file THIS recipes/sft.py ...\n"
     return heading + yaml.safe_dump(accelerate_config(strategy, sharding, gpus=gpus, bf16=bf16), sort_keys=False)
 
 
