@@ -131,7 +131,10 @@ def config_text(strategy: str, sharding: Sharding, *, gpus: int = 8, bf16: bool 
     """The same as YAML, with what it is for."""
     import yaml
 
-    heading = f"# {strategy}, for models of the family {sharding.family}: accelerate launch --config_file THIS recipes/sft.py ...\n"
+    heading = (
+        f"# {strategy}, for models of the family {sharding.family}:\n"
+        "#   accelerate launch --config_file THIS recipes/sft.py --config MY.yaml\n"
+    )
     return heading + yaml.safe_dump(accelerate_config(strategy, sharding, gpus=gpus, bf16=bf16), sort_keys=False)
 
 
