@@ -436,7 +436,8 @@ def read_routes(layer: MoELayer, output: Any) -> tuple[torch.Tensor, torch.Tenso
     whole = [each for each in given if not each.is_floating_point() and each.dim() > 1]
     chosen = next((each for each in whole if each.shape[-1] == layer.top_k), None)
     if chosen is None:
-        return logits, logits.topk(layer.top_k, dim=-1).indices
+        # Without a graph: gradient checkpointing, which runs layers again, would miss what is kept for it.
+        return logits, logits.detach().topk(layer.top_k, dim=-1).indices
     return logits, chosen.reshape(-1, layer.top_k)
 
 
