@@ -338,7 +338,6 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
         )
 
 
-@pytest.mark.xfail(strict=True, reason="read_routes chooses with a graph, which checkpointing finds missing later")
 def test_routers_that_return_no_choice_can_be_checkpointed():
     model = tiny_random_model("llama4_text")
     model.gradient_checkpointing_enable({"use_reentrant": False})

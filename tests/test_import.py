@@ -17,11 +17,10 @@ ORDER = [
     *("modes", "tasks", "reading", "texts", "tool_calls", "messages", "conversations", "formats", "sources"),
     *("row_report", "records", "mixture", "shortening", "dialects", "chat_templates", "tokenising", "rendering"),
     *("sequences", "storing", "preparing", "trees", "tree_attention", "packing", "weighting", "moe"),
-    *("trainable", "quantising", "routing", "balance", "generation", "evaluation", "reporting", "route_drawing"),
+    *("trainable", "balance", "generation", "evaluation", "reporting"),
     *(
         "checkpointing",
         "exporting",
-        "saving",
         "planning",
         "sharding",
         "launching",
