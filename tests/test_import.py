@@ -17,7 +17,7 @@ ORDER = [
     *("modes", "tasks", "reading", "texts", "tool_calls", "messages", "conversations", "formats", "sources"),
     *("row_report", "records", "mixture", "shortening", "dialects", "chat_templates", "tokenising", "rendering"),
     *("sequences", "storing", "preparing", "trees", "tree_attention", "packing", "weighting", "moe"),
-    *("trainable", "balance", "generation", "evaluation", "reporting"),
+    *("trainable", "routing", "balance", "generation", "evaluation", "reporting"),
     *(
         "checkpointing",
         "exporting",

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replies, summarise, task_prompts
 from thinkfusion.generation import Sampling
 from thinkfusion.modes import Mode
+from thinkfusion.routing import RouteCounter, RoutingReport
 from thinkfusion.trainable import check_gradients, trained_line
 
 logger = logging.getLogger(__name__)
@@ -123,3 +124,33 @@ class GradientCheck(TrainerCallback):
         logger.info("%s", trained_line(model))
         if idle:
             logger.info("Experts that no token of the first step was routed to: %s.", "; ".join(idle))
+
+
+class RoutingCallback(TrainerCallback):
+    """Logs how the tokens of replies were routed since the last time, by layer and by mode.
+
+    Logs `routing_entropy_<mode>` (mean over layers) and `routing_entropy_min_<mode>`, `routing_busiest_<mode>` (the
+    share of the tokens that chose the busiest expert of any layer), `routing_dead_<mode>` (experts without a token, all
+    layers) and `routing_overlap` of the modes every `every_steps` steps; `reports` keeps all layers' figures by step.
+    """
+
+    def __init__(self, trainer: SFTTrainer, routes: RouteCounter, *, every_steps: int) -> None:
+        self.trainer, self.routes, self.every_steps = trainer, routes, every_steps
+        self.reports: dict[int, RoutingReport] = {}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if state.global_step % self.every_steps == 0 or state.global_step >= state.max_steps:
+            report = self.routes.report(self.trainer.accelerator)
+            if report is not None:
+                self.reports[state.global_step] = report
+                _log_aside(self.trainer, control, report.figures())
+        return control
+
+
+def _log_aside(trainer: SFTTrainer, control: TrainerControl, figures: dict[str, float]) -> None:
+    """Log figures of a step whose own log is still to come; the trainer tells the two by the model's mode."""
+    should_log = control.should_log
+    trainer.model.eval()
+    trainer.log(figures)
+    trainer.model.train()
+    control.should_log = should_log

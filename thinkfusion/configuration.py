@@ -109,6 +109,7 @@ class ThinkFusionConfig(SFTConfig):
     )
     """How far each step moves the correction biases of routers that have them (DeepSeek-V3, A.X K1, GLM-4.5: 0.001 in
     their pretraining) towards the experts that got too few tokens; 0 keeps them as they are."""
+    routing_steps: int = field(default=0, metadata={"help": "Log how tokens are routed every so many steps; 0: never."})
 
     control_token_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the control tokens' rows; by default that of the rest."}
@@ -125,7 +126,7 @@ class ThinkFusionConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: found {value}, expected a number above 0.")
-        for name in ("balance_loss_coef", "router_bias_update_rate"):
+        for name in ("balance_loss_coef", "router_bias_update_rate", "routing_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a number of at least 0.")
         self.bf16: bool | None

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from thinkfusion.balance import Balancer, BiasUpdate
-from thinkfusion.callbacks import GradientCheck
+from thinkfusion.callbacks import GradientCheck, RoutingCallback
 from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template
 from thinkfusion.checkpointing import load_checkpoint
 from thinkfusion.configuration import ThinkFusionConfig
@@ -26,6 +26,7 @@ from thinkfusion.conversations import Conversation
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
 from thinkfusion.rendering import IGNORED
+from thinkfusion.routing import RouteCounter
 from thinkfusion.row_report import RowReport
 from thinkfusion.sequences import MODES
 from thinkfusion.trainable import frozen_rows, lora_config, set_trainable
@@ -97,6 +98,7 @@ class ThinkFusionTrainer(SFTTrainer):
         self._weights = args.loss_weights
         self._step_factors: torch.Tensor | None = None
         self._balancer: Balancer | None = None
+        self._routes: RouteCounter | None = None
         self._mode_sums = {"train": _ModeSums(), "eval": _ModeSums()}
         self._mode_tokens = dict.fromkeys(MODES, 0)
         super().__init__(
@@ -114,6 +116,9 @@ class ThinkFusionTrainer(SFTTrainer):
         if coefficient or rate:
             self._balancer = Balancer(self.model, self.accelerator, coefficient=coefficient, update_rate=rate)
             self.add_callback(BiasUpdate(self._balancer))
+        if args.routing_steps:
+            self._routes = RouteCounter(self.model)
+            self.add_callback(RoutingCallback(self, self._routes, every_steps=args.routing_steps))
         head = self.model.get_output_embeddings()
         if isinstance(head, TrainableTokensWrapper):
             # TRL's fused head reads `bias`, which peft's wrapper of a layer without one lacks (trl 1.16, peft 0.21).
@@ -241,11 +246,15 @@ class ThinkFusionTrainer(SFTTrainer):
         weight, closing, labels = self.args.control_token_weight, self._closing_id, inputs["labels"]
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         balancer = self._balancer if self.model.training else None
+        routes = self._routes if self.model.training else None
 
         def forward(**arguments: Any) -> Any:
             if nodes is not None:
                 arguments["tree_layout"] = RowLayout(nodes)
-            with balancer.watch(arguments["attention_mask"]) if balancer is not None else nullcontext():
+            with (
+                nullcontext() if balancer is None else balancer.watch(arguments["attention_mask"]),
+                nullcontext() if routes is None else routes.watch(modes, labels != IGNORED),
+            ):
                 outputs = model(**arguments)
             if nodes is not None:
                 self._check_attention(arguments["tree_layout"])
