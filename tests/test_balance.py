@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Balance of experts: the loss against one counted token by token, over batches, processes, layouts and adapters."""
 
+import faulthandler
+import os
 import socket
 from types import SimpleNamespace
 
@@ -296,10 +298,10 @@ def test_a_coarse_bias_is_refused():
 
 def part(rank: int, port: int, folder: str) -> None:
     """One of two processes, or the only one if there is no port; the first writes its weights and what it logged."""
-    import os
-
     torch.set_num_threads(1)
     if port:
+        # Processes that wait for each other for ever should fail, and show where.
+        faulthandler.dump_traceback_later(90, exit=True)
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()}, OMP_NUM_THREADS="1")
     trainer = train(
@@ -321,6 +323,7 @@ def part(rank: int, port: int, folder: str) -> None:
             {"state": state, "logged": logged(trainer, "balance_loss")}, f"{folder}/{'two' if port else 'one'}.pt"
         )
     trainer.accelerator.end_training()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
