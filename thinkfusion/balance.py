@@ -140,6 +140,15 @@ class Balancer:
         values, self._values = self._values, []
         return float(torch.stack(values).mean()) if values else None
 
+    def values(self) -> list[torch.Tensor]:
+        """The losses of the steps since the last `value`, for a checkpoint."""
+        self._close()
+        return self._values
+
+    def set_values(self, values: list[torch.Tensor]) -> None:
+        """Go on from what `values` gave."""
+        self._values = [value.to(self.accelerator.device) for value in values]
+
     def update_biases(self) -> None:
         """Move each correction bias up for experts that got too few tokens of the step, down for the others.
 

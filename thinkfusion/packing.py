@@ -130,7 +130,7 @@ class PackedRows(Dataset[list[FusionTree]]):
 
     def __init__(self, sequences: datasets.Dataset, layout: Layout) -> None:
         self.layout = layout
-        self._sequences = sequences.with_format("arrow")
+        self.sequences = sequences.with_format("arrow")
         self.report = PackingReport(tokens_per_row=layout.tokens_per_row)
         self._starts = _conversation_starts(sequences, layout)
         lengths: list[int] = []
@@ -170,7 +170,7 @@ class PackedRows(Dataset[list[FusionTree]]):
             first = last
 
     def _read(self, start: int, stop: int) -> list[TrainingSequence]:
-        table = self._sequences[int(start) : int(stop)]
+        table = self.sequences[int(start) : int(stop)]
         ids, ends = _flat(table["input_ids"])
         labels = _flat(table["labels"])[0].copy()
         modes = table["mode"].to_numpy()

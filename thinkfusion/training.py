@@ -14,7 +14,6 @@ from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from thinkfusion.balance import Balancer, BiasUpdate
 from thinkfusion.callbacks import GradientCheck, RoutingCallback
@@ -28,6 +27,7 @@ from thinkfusion.preparing import prepare
 from thinkfusion.rendering import IGNORED
 from thinkfusion.routing import RouteCounter
 from thinkfusion.row_report import RowReport
+from thinkfusion.safe_training import SafeTrainer
 from thinkfusion.sequences import MODES
 from thinkfusion.trainable import frozen_rows, lora_config, set_trainable
 from thinkfusion.tree_attention import RowLayout, check_implementation, tree_attention, why_not_trees
@@ -36,7 +36,7 @@ from thinkfusion.trees import trunk_is_non_thinking
 logger = logging.getLogger(__name__)
 
 
-class ThinkFusionTrainer(SFTTrainer):
+class ThinkFusionTrainer(SafeTrainer):
     """TRL's `SFTTrainer` on both modes.
 
     model: a model, or the name of a checkpoint to load together with its tokenizer.
@@ -206,33 +206,20 @@ class ThinkFusionTrainer(SFTTrainer):
     def _attention(self) -> AbstractContextManager[None]:
         return nullcontext() if self.sequence_layout == "padded" else tree_attention(self.model)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load all weights at a resume.
+    def figures(self) -> dict[str, Any]:
+        """What is summed up since the last log, the losses of modes included."""
+        own: dict[str, Any] = {"mode_sums": self._mode_sums["train"].parts, "mode_tokens": self._mode_tokens}
+        if self._balancer is not None:
+            own["balance"] = self._balancer.values()
+        return super().figures() | own
 
-        transformers 5.23 saves experts one by one, and knows how to join them in `from_pretrained` only: its own resume
-        leaves every expert as it was at the start, with a warning (a test tells when that is mended).
-        """
-        model = model or self.model
-        if not self._holds_whole_model():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved, found = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, output_loading_info=True)
-        if found["missing_keys"] or found["mismatched_keys"]:
-            raise ValueError(
-                f"{resume_from_checkpoint}: the checkpoint does not fit the model; missing: "
-                f"{sorted(found['missing_keys'])}, of another shape: {sorted(map(str, found['mismatched_keys']))}."
-            )
-        model.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        if self._holds_whole_model():
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _holds_whole_model(self) -> bool:
-        """Whether a checkpoint is the model alone: no adapter, nothing sharded over processes."""
-        return not (isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+    def set_figures(self, figures: dict[str, Any]) -> None:
+        """Go on from what `figures` gave."""
+        super().set_figures(figures)
+        self._mode_sums["train"].parts = [part.to(self.accelerator.device) for part in figures["mode_sums"]]
+        self._mode_tokens = figures["mode_tokens"]
+        if self._balancer is not None and "balance" in figures:
+            self._balancer.set_values(figures["balance"])
 
     def compute_loss(
         self,
@@ -316,8 +303,6 @@ class ThinkFusionTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the per-mode figures since the last log, over all processes."""
         name = "train" if self.model.training else "eval"
-        if not any(self._mode_tokens.values()):
-            self._restore_token_counts()
         sums, self._mode_sums[name] = self._mode_sums[name], _ModeSums()
         losses, counts = sums.totals(self.accelerator)
         prefix = "" if name == "train" else "eval_"
@@ -335,13 +320,6 @@ class ThinkFusionTrainer(SFTTrainer):
                 self._mode_tokens[mode] += int(count)
                 logs[f"tokens_{mode}"] = self._mode_tokens[mode]
         super().log(logs, start_time)
-
-    def _restore_token_counts(self) -> None:
-        """After a resume, go on from the counts that were logged last."""
-        for record in reversed(self.state.log_history):
-            if all(f"tokens_{mode}" in record for mode in MODES):
-                self._mode_tokens = {mode: record[f"tokens_{mode}"] for mode in MODES}
-                return
 
 
 def _installed(
