@@ -17,7 +17,6 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from thinkfusion import (
@@ -43,6 +42,7 @@ from thinkfusion import (
     read_prompts,
     save_report,
 )
+from thinkfusion.saving import SavingError, last_checkpoint
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 EMBEDDED = "tasks"
@@ -106,7 +106,7 @@ class RecipeArguments:
     evaluation_max_new_tokens: int = 512
     evaluation_temperature: float = 0.0
     resume: bool = False
-    """Go on from the last checkpoint in output_dir."""
+    """Go on from the last whole checkpoint in output_dir; from the beginning if there is none."""
 
 
 def parse_arguments() -> tuple[RecipeArguments, ThinkFusionConfig]:
@@ -211,7 +211,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         report.save(Path(training.output_dir) / "row_report.json")
         print(report, report.account or "", sep="\n")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir) if recipe.resume else None)
+    # A SIGTERM saves a checkpoint and ends the process here.
+    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir) if recipe.resume else None)
 
     # 4. The result, and the proof: what is measured is what was written.
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -246,5 +247,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, FileNotFoundError, ValueError) as error:
+    except (DataError, FileNotFoundError, SavingError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -333,6 +333,19 @@ class RowSampler(Sampler[int]):
         yield from range(len(order), len(self.rows))
 
 
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the samplers within a data loader which epoch it is.
+
+    accelerate 1.15 does not reach the one of several processes in a loader whose first batches are skipped, so that an
+    epoch that is resumed there has the order of the first one (a test tells when that is mended).
+    """
+    inner = getattr(loader, "batch_sampler", None)
+    while inner is not None:
+        if hasattr(inner, "set_epoch"):
+            inner.set_epoch(epoch)
+        inner = getattr(inner, "batch_sampler", None) or getattr(inner, "sampler", None)
+
+
 @dataclass(frozen=True)
 class RowCollator:
     """Lays rows of trees one after another: a batch of (1, tokens).

@@ -7,36 +7,37 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
-import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import IterableDataset
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTTrainer
 
-from thinkfusion.mixture import MixtureOptions
+from thinkfusion.packing import set_epoch
 from thinkfusion.saving import (
+    ORDER_SETTINGS,
+    STEP_SETTINGS,
     SavingError,
+    check_place,
     checkpoints,
+    describe_data,
+    describe_model,
+    differences,
     last_checkpoint,
     load_state,
+    plain,
     put_in_place,
     random_state,
     read_manifest,
@@ -47,91 +48,12 @@ from thinkfusion.saving import (
     why_incomplete,
     write_manifest,
 )
-from thinkfusion.shortening import ReasoningOptions
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.safetensors", "scheduler.safetensors", "scaler.safetensors"
 ARGUMENTS = "training_args.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-ORDER_SETTINGS = (
-    *(each.name for options in (MixtureOptions, ReasoningOptions) for each in fields(options) if each.name != "seed"),
-    *("seed", "data_seed", "sequence_layout", "tokens_per_row", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "world_size", "train_sampling_strategy", "dataloader_drop_last"),
-)
-"""Settings that decide which rows there are and which of them a step trains on."""
-STEP_SETTINGS = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "weight_decay"),
-    *("max_grad_norm", "bf16", "fp16", "mode_weights", "normalise_by_mode", "control_token_weight"),
-    *("control_token_learning_rate", "balance_loss_coef", "router_bias_update_rate", "label_smoothing_factor"),
-)
-"""Settings that may change at a resume; the log says so."""
-_DIGESTS = ("names and shapes of parameters", "content of rows")
-
-
-def describe_model(model: Any) -> dict[str, Any]:
-    """Architecture and adapter: the sizes in the config, and a digest of all names and shapes of parameters."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    config = inner.config.get_text_config()
-    sizes = {
-        name: value
-        for name, value in config.to_dict().items()
-        if isinstance(value, int) and not isinstance(value, bool) and not name.endswith("token_id")
-    }
-    shapes = [(name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in model.named_parameters()]
-    found = {"architecture": type(inner).__name__, **dict(sorted(sizes.items()))}
-    for adapter in getattr(model, "peft_config", {}).values():
-        chosen = ("peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "modules_to_save")
-        found["adapter"] = ", ".join(f"{name}={_plain(getattr(adapter, name, None))}" for name in chosen)
-    found["parameters"] = sum(math.prod(shape) for _, shape, _ in shapes)
-    found["trained parameters"] = sum(math.prod(shape) for _, shape, trains in shapes if trains)
-    return {**found, "names and shapes of parameters": hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:16]}
-
-
-def describe_data(data: Any) -> dict[str, Any]:
-    """The rows that are trained on: how many sequences and tokens, and a digest of all of them, in their order.
-
-    `data` is a data set, or rows that hold it as `sequences`. A stream cannot be read ahead, and is only known to be
-    one.
-    """
-    sequences = getattr(data, "sequences", data)
-    if isinstance(sequences, IterableDataset):
-        return {"rows": "a stream"}
-    content, tokens = hashlib.sha256(), 0
-    for table in sequences.with_format("arrow").iter(batch_size=4096):
-        for name in ("input_ids", "labels", "mode", "conversation"):
-            if name not in table.column_names:
-                continue
-            column = table.column(name).combine_chunks()
-            if name in ("input_ids", "labels"):
-                lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-                tokens += int(lengths.sum()) if name == "input_ids" else 0
-                content.update(np.ascontiguousarray(lengths).data)
-                column = column.flatten()
-            content.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).data)
-    return {"rows": len(sequences), "tokens": tokens, "content of rows": content.hexdigest()[:16]}
-
-
-def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """What two descriptions say differently, in words; what only one of them knows does not count.
-
-    A digest is named if nothing else tells the difference.
-    """
-    names = [name for name in saved if name in given and saved[name] != given[name]]
-    telling = [name for name in names if name not in _DIGESTS] or names
-    return [f"{name}: {saved[name]!r} in the checkpoint, {given[name]!r} now" for name in telling]
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON gives it back."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-# The trainer ----------------------------------------------------------------------------------------------------------
 
 
 class SafeTrainer(SFTTrainer):
@@ -141,7 +63,8 @@ class SafeTrainer(SFTTrainer):
     two logs are kept as safetensors and JSON; FSDP and DeepSpeed write model and optimizer in formats of their own.
     SIGTERM saves and ends: `train` raises SystemExit(143). Several machines need a common file system.
 
-    Raises SavingError if a checkpoint cannot be written; ValueError at a loss that is not finite, before it reaches the
+    Raises SavingError if a checkpoint cannot be written, or two would not fit; ValueError if output_dir holds another
+    run, at a loss that is not finite, before it reaches the
     weights, and at a resume from a checkpoint that is not whole, or of another model, other rows or another order.
     """
 
@@ -165,6 +88,8 @@ class SafeTrainer(SFTTrainer):
         self._run = self.describe_run()
         if resume_from_checkpoint:
             self._check_resume(Path(resume_from_checkpoint))
+        elif self.args.process_index == 0:
+            check_place(Path(self.args.output_dir), self._checkpoint_bytes())
         self._guard.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         with self._guard.listening():
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
@@ -175,7 +100,7 @@ class SafeTrainer(SFTTrainer):
         """What a checkpoint is compared with at a resume, by subject."""
 
         def settings(names: tuple[str, ...]) -> dict[str, Any]:
-            return {name: _plain(getattr(self.args, name)) for name in names}
+            return {name: plain(getattr(self.args, name)) for name in names}
 
         return {
             "model": describe_model(self.accelerator.unwrap_model(self.model)),
@@ -208,6 +133,16 @@ class SafeTrainer(SFTTrainer):
             )
 
     # Writing
+
+    def _checkpoint_bytes(self) -> int:
+        """What a checkpoint takes: the model, or its adapter, and two figures for each trained one (Adam's)."""
+        if self.args.save_strategy == "no":
+            return 0
+        trained: int = sum(each.nbytes for each in self.model.parameters() if each.requires_grad)
+        kept: int = (
+            trained if isinstance(self.model, PeftModel) else sum(each.nbytes for each in self.model.parameters())
+        )
+        return kept + (0 if self.args.save_only_model else 2 * trained)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._temporary or super()._get_output_dir(trial))
@@ -389,6 +324,14 @@ class SafeTrainer(SFTTrainer):
         self._total_train_tokens = figures["tokens"]
 
     # Ending
+
+    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        """An epoch; none where a resumed run is at its end, and transformers would make one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        set_epoch(train_dataloader, epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step forward and backward, whose loss is looked at before the optimizer's step."""

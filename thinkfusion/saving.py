@@ -17,15 +17,21 @@ import os
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import fields
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from shutil import rmtree
+from shutil import disk_usage, rmtree
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import IterableDataset
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from thinkfusion.mixture import MixtureOptions
+from thinkfusion.shortening import ReasoningOptions
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +41,21 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 UNFINISHED = re.compile(r"unfinished-\d+")
 _MIB = 1 << 20
 _BLOCKS = 64
+
+
+ORDER_SETTINGS = (
+    *(each.name for options in (MixtureOptions, ReasoningOptions) for each in fields(options) if each.name != "seed"),
+    *("seed", "data_seed", "sequence_layout", "tokens_per_row", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "world_size", "train_sampling_strategy", "dataloader_drop_last"),
+)
+"""Settings that decide which rows there are and which of them a step trains on."""
+STEP_SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "weight_decay"),
+    *("max_grad_norm", "bf16", "fp16", "mode_weights", "normalise_by_mode", "control_token_weight"),
+    *("control_token_learning_rate", "balance_loss_coef", "router_bias_update_rate", "label_smoothing_factor"),
+)
+"""Settings that may change at a resume; the log says so."""
+_DIGESTS = ("names and shapes of parameters", "content of rows")
 
 
 class SavingError(OSError):
@@ -121,6 +142,27 @@ def checkpoints(output_dir: Path) -> list[Path]:
     found = output_dir.iterdir() if output_dir.is_dir() else ()
     named = [(int(match[1]), path) for path in found if (match := CHECKPOINT.fullmatch(path.name)) and path.is_dir()]
     return [path for _, path in sorted(named)]
+
+
+def check_place(output_dir: Path, checkpoint_bytes: int) -> None:
+    """Before a run begins: no checkpoint of another one is there, and two of its own fit, a new one beside the last.
+
+    checkpoint_bytes: what one takes; 0 if none is to be written. Raises ValueError and SavingError.
+    """
+    other = last_checkpoint(output_dir)
+    if other is not None:
+        raise ValueError(
+            f"output_dir: found {other}, of an earlier run, which checkpoints of this one would mix with and push out. "
+            "Go on from it (--resume, or resume_from_checkpoint=True), or give another folder."
+        )
+    place = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    free, needed = disk_usage(place).free, 2 * checkpoint_bytes
+    if free < needed:
+        raise SavingError(
+            f"output_dir: {output_dir} has {free / 1e9:,.2f} GB free, expected {needed / 1e9:,.2f} GB: a checkpoint "
+            f"takes {checkpoint_bytes / 1e9:,.2f} GB, and a new one is written beside the last. Make room, give "
+            "another folder, or leave the optimizer out (save_only_model)."
+        )
 
 
 def remove_unfinished(output_dir: Path) -> None:
@@ -245,3 +287,68 @@ def set_random_state(state: dict[str, Any]) -> None:
             module.set_rng_state_all(state["accelerator"])
         else:
             module.set_rng_state(state["accelerator"][0])
+
+
+# What a checkpoint belongs to -----------------------------------------------------------------------------------------
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Architecture and adapter: the sizes in the config, and a digest of all names and shapes of parameters."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = inner.config.get_text_config()
+    sizes = {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, int) and not isinstance(value, bool) and not name.endswith("token_id")
+    }
+    shapes = [(name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in model.named_parameters()]
+    found = {"architecture": type(inner).__name__, **dict(sorted(sizes.items()))}
+    for adapter in getattr(model, "peft_config", {}).values():
+        chosen = ("peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "modules_to_save")
+        found["adapter"] = ", ".join(f"{name}={plain(getattr(adapter, name, None))}" for name in chosen)
+    found["parameters"] = sum(math.prod(shape) for _, shape, _ in shapes)
+    found["trained parameters"] = sum(math.prod(shape) for _, shape, trains in shapes if trains)
+    return {**found, "names and shapes of parameters": hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:16]}
+
+
+def describe_data(data: Any) -> dict[str, Any]:
+    """The rows that are trained on: how many sequences and tokens, and a digest of all of them, in their order.
+
+    `data` is a data set, or rows that hold it as `sequences`. A stream cannot be read ahead, and is only known to be
+    one.
+    """
+    sequences = getattr(data, "sequences", data)
+    if isinstance(sequences, IterableDataset):
+        return {"rows": "a stream"}
+    content, tokens = hashlib.sha256(), 0
+    for table in sequences.with_format("arrow").iter(batch_size=4096):
+        for name in ("input_ids", "labels", "mode", "conversation"):
+            if name not in table.column_names:
+                continue
+            column = table.column(name).combine_chunks()
+            if name in ("input_ids", "labels"):
+                lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+                tokens += int(lengths.sum()) if name == "input_ids" else 0
+                content.update(np.ascontiguousarray(lengths).data)
+                column = column.flatten()
+            content.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).data)
+    return {"rows": len(sequences), "tokens": tokens, "content of rows": content.hexdigest()[:16]}
+
+
+def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """What two descriptions say differently, in words; what only one of them knows does not count.
+
+    A digest is named if nothing else tells the difference.
+    """
+    names = [name for name in saved if name in given and saved[name] != given[name]]
+    telling = [name for name in names if name not in _DIGESTS] or names
+    return [f"{name}: {saved[name]!r} in the checkpoint, {given[name]!r} now" for name in telling]
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON gives it back."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
