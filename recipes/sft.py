@@ -42,6 +42,7 @@ from thinkfusion import (
     read_prompts,
     save_report,
 )
+from thinkfusion.launching import follow_launcher
 from thinkfusion.saving import SavingError, last_checkpoint
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
@@ -158,6 +159,7 @@ def without_overlap(
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     ensure_processes()
+    follow_launcher()
     recipe, training = parse_arguments()
     if not torch.cuda.is_available():
         # accelerate gives a process one thread unless told otherwise, and leaves the other cores idle.

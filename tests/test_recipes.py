@@ -9,8 +9,10 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -122,6 +124,42 @@ def test_lora_by_flag_and_columns_by_name(tmp_path):
     assert "thinkfusion evaluate" in done.stdout  # there are no prompts to measure on
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     load_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the launcher's end is not told")
+def test_a_stopped_launcher_leaves_a_checkpoint_that_is_gone_on_from(tmp_path):
+    """accelerate forwards no signal: its end is one to the training."""
+    flags = ["--output_dir", str(tmp_path), "--train_samples", "64", "--logging_steps", "1"]
+    flags += ["--per_device_train_batch_size", "2", "--evaluation_samples", "0"]
+    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / "recipes" / "sft.py"), *flags]
+    with open(tmp_path / "log", "w+") as log:
+        launcher = subprocess.Popen([*command, "--max_steps", "4000"], stdout=log, stderr=log, cwd=ROOT, env=ONE_THREAD)
+        (training,) = wait_until(lambda: psutil.Process(launcher.pid).children())
+        wait_until(lambda: "'loss'" in (tmp_path / "log").read_text())
+        launcher.terminate()
+        launcher.wait()
+        psutil.wait_procs([training], timeout=60)
+    assert not training.is_running()
+    (saved,) = tmp_path.glob("checkpoint-*")
+    assert f"Stopped by SIGTERM. {saved} is whole" in (tmp_path / "log").read_text()
+    steps = int(saved.name.removeprefix("checkpoint-")) + 1
+    done = launch(*flags, "--max_steps", str(steps), "--resume", "true")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.safetensors").is_file()
+    again = launch(*flags, "--max_steps", "1")
+    assert again.returncode == 1
+    assert f"output_dir: found {saved}, of an earlier run" in again.stderr
+
+
+def wait_until(found, seconds=120):
+    """What a function returns as soon as that is something."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("waited in vain")
 
 
 def test_what_accelerate_was_asked_for_is_found_out():
