@@ -232,6 +232,16 @@ def test_a_larger_pair_fraction_pairs_more_of_the_same_rows():
     assert pairs(0.3) < pairs(0.6) < pairs(1) == set(range(200))
 
 
+def test_a_mode_with_under_a_twentieth_is_refused():
+    counts = {Mode.THINKING: 96, Mode.NON_THINKING: 4}
+    message = r"only 4 of 100 \(4\.0%\) are trained in non_thinking mode, expected 5% at least.*larger pair_fraction"
+    with pytest.raises(ValueError, match=message):
+        both_modes_check(counts)
+    with pytest.raises(ValueError, match="no row is trained in thinking mode, so the switch"):
+        both_modes_check({Mode.NON_THINKING: 4})
+    both_modes_check({Mode.THINKING: 5, Mode.NON_THINKING: 95})
+
+
 def options_for(mixture, **others):
     return MixtureOptions(mixture, ratio=0.5 if mixture == "ratio" else None, **others)
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+LEAST_SHARE = 0.05
+"""Of the sequences, for each mode; `ratio` may ask for less."""
 MIXTURES = ("paired", "combined", "ratio", "sequential")
 RATIO_UNITS = ("tokens", "samples")
 BOTH: tuple[Mode, ...] = (Mode.THINKING, Mode.NON_THINKING)
@@ -187,22 +189,29 @@ def copies(conversation: Conversation, weight: float, options: MixtureOptions) -
 
 
 def both_modes_check(counts: Mapping[Mode, int]) -> None:
-    """Raise ValueError unless something is trained in each mode: a switch cannot be learned from one side."""
+    """Raise ValueError unless a twentieth is trained in each mode: a switch cannot be learned from one side."""
+    total = sum(counts.values())
     for mode in Mode:
-        if not counts.get(mode):
-            remedy = (
-                "Paired training needs rows with reasoning"
-                if mode is Mode.THINKING
-                else "Use the mixture 'paired' (--mixture paired), which trains every row with reasoning in both modes"
-            )
-            raise ValueError(f"no row is trained in {mode} mode, so the switch cannot be learned. {remedy}.")
+        found = counts.get(mode, 0)
+        if found >= LEAST_SHARE * total > 0:
+            continue
+        remedy = (
+            "Paired training needs rows with reasoning"
+            if mode is Mode.THINKING
+            else "Use the mixture 'paired' (--mixture paired), which trains rows with reasoning in both modes: all, or "
+            "a larger pair_fraction of them"
+        )
+        few = f"only {found:,} of {total:,} ({found / total:.1%}) are" if found else "no row is"
+        least = f", expected {LEAST_SHARE:.0%} at least" if found else ""
+        raise ValueError(f"{few} trained in {mode} mode{least}, so the switch cannot be learned. {remedy}.")
 
 
 def mix(conversations: Sequence[Conversation], mixture: str | MixtureOptions = "paired") -> list[Conversation]:
     """The conversations with the modes that each exchange is trained in; `mixture` is a name or all the options.
 
-    Raises ValueError when one mode gets no exchange at all, for an unknown mixture, and for what only `prepare` can
-    do, since it takes rendered sequences and their tokens: `ratio`, `sequential` and caps. DataError as `assign_modes`.
+    Raises ValueError when one mode gets under a twentieth of the exchanges, for an unknown mixture, and for what only
+    `prepare` can do, since it takes rendered sequences and their tokens: `ratio`, `sequential` and caps. DataError as
+    `assign_modes`.
     """
     named = mixture.mixture if isinstance(mixture, MixtureOptions) else mixture
     capped = isinstance(mixture, MixtureOptions) and (mixture.max_rows_per_source or mixture.max_tokens_per_source)
@@ -241,7 +250,8 @@ def select(table: SequenceTable, options: MixtureOptions, *, both_modes: bool = 
     whole sequences allow. `sequential` puts thinking first; a trainer that shuffles undoes it ("Fusion Training for
     Mathematical Generalization", ACL 2026). The result depends on no order but that of rows of equal draw.
 
-    Raises ValueError if a cap leaves nothing of a source, and, unless `both_modes` is off, if a mode has no sequence.
+    Raises ValueError if a cap leaves nothing of a source, and, unless `both_modes` is off, if a mode has under a
+    twentieth of the sequences.
     """
     import numpy as np
 

@@ -104,7 +104,8 @@ def train(folder: Path, lora: bool) -> None:
         callbacks=[Telling()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    trainer.accelerator.end_training()
+    report.close()
+    os._exit(0)  # torch's gloo aborts now and then while an interpreter ends
 
 
 # Who kills ------------------------------------------------------------------------------------------------------------
