@@ -17,7 +17,17 @@ ORDER = [
     *("modes", "tasks", "reading", "texts", "tool_calls", "messages", "conversations", "formats", "sources"),
     *("row_report", "records", "mixture", "shortening", "dialects", "chat_templates", "tokenising", "rendering"),
     *("sequences", "storing", "preparing", "trees", "tree_attention", "packing", "weighting", "moe"),
-    *("trainable", "routing", "balance", "generation", "evaluation", "reporting"),
+    *(
+        "trainable",
+        "routing",
+        "route_counting",
+        "route_verdict",
+        "route_drawing",
+        "balance",
+        "generation",
+        "evaluation",
+        "reporting",
+    ),
     *(
         "checkpointing",
         "exporting",

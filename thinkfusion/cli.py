@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan_memory)
     _plan_flags(plan)
 
+    routes = verbs.add_parser("routes", help="see which experts the modes use: is a router collapsing?")
+    routes.set_defaults(run=_routes)
+    _routes_flags(routes)
+
     inspect = verbs.add_parser("inspect", help="see what training would learn from your rows")
     inspect.set_defaults(run=_inspect)
     _inspect_flags(inspect)
@@ -122,6 +126,26 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
         "--color", choices=("auto", "always", "never"), default="auto", help="auto: in a terminal, without NO_COLOR"
     )
 
+    _reading_flags(parser)
+
+
+def _routes_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a folder, with weights or an adapter, or a Hub id; tiny-base")
+    parser.add_argument(
+        "--dataset", nargs="+", metavar="SOURCE", help="files, patterns in quotes or Hub ids (default: embedded tasks)"
+    )
+    parser.add_argument("--samples", type=_positive, default=256, help="conversations, drawn evenly (default 256)")
+    parser.add_argument("--batch_size", "--batch-size", type=_positive, default=8, help="sequences (default 8)")
+    parser.add_argument("--output", help="folder of what is written (default: the checkpoint's, if it is one)")
+    parser.add_argument("--json", action="store_true", help="print what routes.json holds, and nothing else")
+    parser.add_argument("--scheme", help="where the checkpoint has no template of ours: control or empty-block")
+    parser.add_argument("--dialect", help="and its markup (default: the model's own)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    _reading_flags(parser)
+
+
+def _reading_flags(parser: argparse.ArgumentParser) -> None:
+    """How rows are read, mixed and shortened."""
     read = parser.add_argument_group("as in training")
     read.add_argument("--weights", type=float, nargs="+", metavar="WEIGHT", help="one for each source: 2, 0.5")
     read.add_argument("--split", default="train", help="of a Hub id (default train)")
@@ -133,7 +157,7 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
 
 
 INSPECTED = {"on_bad_row": "skip", "max_skipped": 1.0}
-"""Defaults of `inspect` that differ from those of training: it is there to see all that is wrong."""
+"""Defaults of `inspect` and `routes` that differ from those of training: what is wrong is counted."""
 
 
 def _generation_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
@@ -291,9 +315,53 @@ def _say(
     return answer.strip()
 
 
+def _routes(options: argparse.Namespace) -> None:
+    """Count routes, write them as JSON, page and picture, and print them; the picture comes last, it may be missing."""
+    plan = _plan(options)
+    sources = None if options.dataset is None else _sources(options, options.dataset)
+    if sources is None and options.weights is not None:
+        raise ValueError("weights: only with --dataset, one for each source.")
+    from thinkfusion.chat_templates import install_chat_template, installed_template
+    from thinkfusion.route_counting import measure_routes
+    from thinkfusion.route_drawing import routes_page, save_png
+    from thinkfusion.route_verdict import routes_table
+    from thinkfusion.sources import as_sources
+
+    if sources is not None:
+        as_sources(sources)  # what is not there is known before anything is loaded
+    model, tokenizer = _load(options)
+    installed = installed_template(tokenizer)
+    if installed is None or options.scheme or options.dialect:
+        scheme = options.scheme or (installed.scheme.name if installed else "control")
+        install_chat_template(tokenizer, model, scheme=scheme, dialect=options.dialect)
+        if installed is None and not options.json:
+            print("The checkpoint has no template with a switch; it is given one, as training begins with.")
+    output = Path(options.output or (options.checkpoint if os.path.isdir(options.checkpoint) else "."))
+    output.mkdir(parents=True, exist_ok=True)
+    counted = measure_routes(
+        model,
+        tokenizer,
+        sources,
+        plan,
+        name=options.checkpoint,
+        samples=options.samples,
+        seed=plan.mixture.seed,
+        batch_size=options.batch_size,
+        processes=options.processes,
+        progress=sys.stderr.isatty(),
+    )
+    found = json.dumps(counted.to_dict(), ensure_ascii=False)
+    _write(str(output / "routes.json"), found + "\n")
+    _write(str(output / "routes.html"), routes_page(counted))
+    print(found if options.json else routes_table(counted))
+    save_png(counted, output / "routes.png")
+    if not options.json:
+        print(f"Written: {output}/routes.json, routes.html, routes.png")
+
+
 def _inspect(options: argparse.Namespace) -> int:
     """Print what training would learn; 1 if it would learn nothing."""
-    plan, sources = _plan(options), _sources(options)
+    plan, sources = _plan(options), _sources(options, options.sources)
     from thinkfusion.displaying import html_page, terminal_text, tree_picture
     from thinkfusion.inspecting import inspect_sources, load_tokenizer
 
@@ -334,21 +402,16 @@ def _write(path: str, text: str) -> None:
 def _plan(options: argparse.Namespace) -> Plan:
     """What the flags say of reading, mixing and reasoning; raises ValueError for what contradicts itself."""
     given = {**INSPECTED, **vars(options)}
-    if options.strict:
+    if getattr(options, "strict", False):
         given["on_bad_row"] = "error"
     return Plan(*read_options(given), options.max_length, options.on_long_row)
 
 
-def _sources(options: argparse.Namespace) -> list[Source]:
-    weights = options.weights or [1.0] * len(options.sources)
-    if len(weights) != len(options.sources):
-        raise ValueError(
-            f"weights: found {len(weights)} for {len(options.sources)} sources, expected one for each (--weights)."
-        )
-    return [
-        Source(name, weight, options.split, options.streaming)
-        for name, weight in zip(options.sources, weights, strict=True)
-    ]
+def _sources(options: argparse.Namespace, names: Sequence[str]) -> list[Source]:
+    weights = options.weights or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise ValueError(f"weights: found {len(weights)} for {len(names)} sources, expected one for each (--weights).")
+    return [Source(name, weight, options.split, options.streaming) for name, weight in zip(names, weights, strict=True)]
 
 
 def _colours(wanted: str) -> bool:

@@ -57,6 +57,7 @@ def prepare(
     max_length: int | None = None,
     on_long_row: str = "error",
     on_bad_row: str | None = None,
+    both_modes: bool = True,
     processes: int = 1,
     streaming: bool = False,
     cache_dir: str | Path | None = None,
@@ -68,6 +69,7 @@ def prepare(
     records, mixture, reasoning: how rows are read, how modes are combined, what is done to reasoning.
     max_length, on_long_row: the longest sequence allowed, in tokens, and what happens to longer ones; see `Plan`.
     on_bad_row: short for that of `records`.
+    both_modes: whether a mode without a sequence is an error.
     processes: how many worker processes make the sequences; 1 works in this one. The result is the same.
     streaming: an `IterableDataset` of the same sequences in the same order, made while it is read. A mixture that
         chooses among all sequences reads its sources twice then.
@@ -85,7 +87,7 @@ def prepare(
     if on_bad_row is not None:
         records = replace(records, on_bad_row=on_bad_row)
     mixture = MixtureOptions(mixture) if isinstance(mixture, str) else mixture
-    plan = Plan(records, mixture, reasoning or ReasoningOptions(), max_length, on_long_row)
+    plan = Plan(records, mixture, reasoning or ReasoningOptions(), max_length, on_long_row, both_modes)
     if processes < 1:
         raise ValueError(f"processes: found {processes}, expected at least 1.")
     maker = _Preparation(as_sources(data), tokenizer, plan, processes, report)
@@ -363,7 +365,8 @@ class _Gathered:
         table = SequenceTable(row, mode, source, trained.astype(np.int64), draws)
         chosen = np.arange(len(row))
         with _collected(problems):
-            chosen = select(table, self.plan.mixture, both_modes=self.plan.reasoning.close_at is None)
+            both = self.plan.both_modes and self.plan.reasoning.close_at is None
+            chosen = select(table, self.plan.mixture, both_modes=both)
         key = cell[chosen].astype(np.int64) * len(MODES) + mode[chosen]
         for number in np.unique(key):
             inside = key == number

@@ -19,6 +19,10 @@ from thinkfusion.moe import MoELayer, bare, moe_layers, watch_routes
 from thinkfusion.sequences import MODES
 
 
+FEW_CHOICES = 20
+"""With fewer choices an expert, were they even, what looks dead may be chance."""
+
+
 @dataclass(frozen=True)
 class LayerRoutes:
     """What the experts of one layer were chosen for."""
@@ -34,6 +38,10 @@ class LayerRoutes:
         total = sum(self.counts[mode])
         return [count / total if total else 0.0 for count in self.counts[mode]]
 
+    def multiples(self, mode: int) -> list[float]:
+        """Each expert's share in multiples of an even one, (experts,): 1 if balanced, 0 if dead."""
+        return [share * len(self.counts[mode]) for share in self.shares(mode)]
+
     def entropy(self, mode: int) -> float:
         """Utilisation entropy: 1 where all experts are chosen alike, 0 where all tokens choose the same one."""
         shares = self.shares(mode)
@@ -42,6 +50,10 @@ class LayerRoutes:
     def busiest(self, mode: int) -> float:
         """The share of the tokens that chose the busiest expert: top-k over experts if even, 1 at most."""
         return max(self.shares(mode)) * self.top_k
+
+    def used(self, mode: int) -> float:
+        """How many experts, used alike, have the same entropy: all of them if balanced, top-k or fewer if collapsed."""
+        return float(len(self.counts[mode]) ** self.entropy(mode))
 
     def dead(self, mode: int) -> int:
         """Experts that no token chose."""
@@ -58,12 +70,31 @@ class RoutingReport:
 
     layers: tuple[LayerRoutes, ...]
 
+    @property
+    def seen(self) -> list[int]:
+        """The modes that have tokens, as indices into `thinkfusion.sequences.MODES`."""
+        return [number for number in range(len(MODES)) if any(sum(layer.counts[number]) for layer in self.layers)]
+
+    def tokens(self, mode: int) -> int:
+        """Tokens of a mode that were routed; each passes all layers."""
+        return sum(self.layers[0].counts[mode]) // self.layers[0].top_k
+
+    def choices(self, mode: int) -> float:
+        """How often an expert would be chosen if all were alike, in the layer where that is least."""
+        return min(sum(layer.counts[mode]) / len(layer.counts[mode]) for layer in self.layers)
+
+    def few(self, mode: int) -> bool:
+        """Whether a mode has so few tokens that what looks dead may be chance."""
+        return self.choices(mode) < FEW_CHOICES
+
     def to_dict(self) -> dict[str, Any]:
         """Figures and counts of every layer, by mode."""
         return {
             "layers": [
                 {
                     "index": layer.index,
+                    "experts": len(layer.counts[0]),
+                    "top_k": layer.top_k,
                     "overlap": layer.overlap(),
                     **{
                         str(mode): {
@@ -83,7 +114,7 @@ class RoutingReport:
     def figures(self) -> dict[str, float]:
         """For a log: by mode the layers' mean and least entropy, the busiest expert, dead experts; the overlap."""
         found: dict[str, float] = {}
-        seen = [number for number in range(len(MODES)) if any(sum(layer.counts[number]) for layer in self.layers)]
+        seen = self.seen
         for number in seen:
             entropies = [layer.entropy(number) for layer in self.layers]
             found[f"routing_entropy_{MODES[number]}"] = sum(entropies) / len(entropies)

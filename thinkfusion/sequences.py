@@ -39,6 +39,7 @@ class Plan:
         what happens to it. "error": it is a bad row (`too_long`), for which `records.on_bad_row` decides; "drop": it
         is left out and counted; "shorten_reasoning": its reasoning is cut at the end of a sentence, so that
         `</think>`, the answer and the end stay, and it is dropped where that does not help.
+    both_modes: whether a mode without a sequence is an error, as it is where a switch is to be learned.
     """
 
     records: RecordOptions = field(default_factory=RecordOptions)
@@ -46,6 +47,7 @@ class Plan:
     reasoning: ReasoningOptions = field(default_factory=ReasoningOptions)
     max_length: int | None = None
     on_long_row: str = "error"
+    both_modes: bool = True
 
     def __post_init__(self) -> None:
         if self.on_long_row not in ON_LONG_ROW:
