@@ -46,6 +46,8 @@ bench: setup
 	$(BIN)/python tests/benchmarks/memory.py --json runs/benchmarks/memory.json
 	$(BIN)/python tests/benchmarks/trees.py $(if $(GSM8K),--gsm8k $(GSM8K)) --json runs/benchmarks/trees.json
 	$(BIN)/python tests/benchmarks/fuzzing.py $(if $(GSM8K),--data $(GSM8K)) --json runs/benchmarks/fuzzing.json
+	$(BIN)/python tests/benchmarks/planning.py --json runs/benchmarks/planning.json
+	$(BIN)/python tests/benchmarks/routing.py --json runs/benchmarks/routing.json
 
 lint: setup
 	$(BIN)/ruff check .

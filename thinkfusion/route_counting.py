@@ -83,9 +83,16 @@ def measure_routes(
     A mode without a sequence is a remark here, and no error. name: of the checkpoint. samples: conversations, with all
     their sequences.
 
-    Raises ValueError for a dense model, before any row is read, and what `prepare` raises.
+    Raises ValueError, before any row is read, for a dense model and for one that lacks tokens of the tokenizer, and
+    what `prepare` raises.
     """
     counter = RouteCounter(model)
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"routes: the tokenizer has {len(tokenizer):,} tokens, and the model embeddings for {known:,}. Give it the "
+            "tokenizer that it was saved with."
+        )
     plan = plan or Plan()
     given = embedded_rows(samples, seed) if data is None else data
     sequences, rows = prepare(
@@ -200,7 +207,7 @@ def _remarks(report: RoutingReport) -> list[str]:
             )
         elif report.few(number):
             remarks.append(
-                f"{tokens:,} {name} tokens are {report.choices(number):.1f} choices an expert, were they even: dead experts and "
-                "differences may be chance. Count more rows (--samples)."
+                f"{tokens:,} {name} tokens are {report.choices(number):.1f} choices an expert, were they even: dead "
+                "experts and differences may be chance. Count more rows (--samples)."
             )
     return remarks

@@ -72,7 +72,7 @@ def palette(dark: bool = False) -> dict[str, str]:
         count = len(SHARES)
         colours |= {f"{hue}{level + 1}": _along(ramps[theme], level / (count - 1)) for level in range(count)}
     for step in range(1, len(STEPS) + 1):
-        share = 0.25 + 0.75 * step / len(STEPS)
+        share = 0.25 + 0.6 * step / len(STEPS)  # not to the ends of the ramps, which meet in near black or white
         colours[f"d{step}"] = _along((MARKS[NEUTRAL][theme], *RAMPS["t"][theme][1:]), share)
         colours[f"d-{step}"] = _along((MARKS[NEUTRAL][theme], *RAMPS["n"][theme][1:]), share)
     return colours
@@ -420,7 +420,8 @@ def save_png(counted: CountedRoutes, path: str | Path) -> None:
 
 
 def _experts_words(report: RoutingReport) -> str:
-    return f"which experts reply tokens choose ({counted_words(len(report.layers), 'layer')} of {expert_numbers(report)} experts)"
+    layers = counted_words(len(report.layers), "layer")
+    return f"which experts reply tokens choose ({layers} of {expert_numbers(report)} experts)"
 
 
 class _Drawing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from thinkfusion.row_report import printable
@@ -18,7 +19,7 @@ NAMES = tuple(mode.value.replace("_", "-") for mode in MODES)
 UNEVEN, COLLAPSING, BUSY = 0.5, 0.25, 4.0
 """A layer is uneven if it uses its experts like this share of them or fewer; a busy expert has so many even shares."""
 WORDS = ((0.9, "nearly the same experts"), (0.7, "mostly the same experts"), (0.4, "partly different experts"))
-ALL_LAYERS, WORST_LAYERS, NAMED_EXPERTS = 16, 8, 6
+ALL_LAYERS, WORST_LAYERS, NAMED_EXPERTS, WIDTH = 16, 8, 6, 100
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def verdict(report: RoutingReport) -> Verdict:
         parts[0] = f"{among} {verbs[faulty > 1]} a few experts"
     findings = [
         f"A layer uses its experts as if {_mean(layer.used(mode) for layer, mode in places):.1f} of "
-        f"{expert_numbers(report)} were chosen alike; layer {worst.index} in {NAMES[where]} as if {worst.used(where):.1f}.",
+        f"{expert_numbers(report)} were chosen alike; layer {worst.index} in {NAMES[where]} as if "
+        f"{worst.used(where):.1f}.",
         _busiest_words(places),
         *_dead_places(report),
     ]
@@ -105,7 +107,7 @@ def _dead_words(report: RoutingReport) -> str:
         return f"{unused:,} of {total:,} experts {said}"
     if not any(by_mode.values()):
         return "every expert is used" + (" in both modes" if len(by_mode) == len(MODES) else "")
-    without = " and ".join(f"{count:,} not by {NAMES[mode]}" for mode, count in by_mode.items() if count)
+    without = " and ".join(f"{count:,} not in {NAMES[mode]}" for mode, count in by_mode.items() if count)
     return f"every expert is used, but {without}"
 
 
@@ -141,7 +143,8 @@ def routes_table(counted: CountedRoutes) -> str:
     if len(layers) > ALL_LAYERS:
         least_even = sorted(layers, key=lambda layer: min(evenness(layer, mode) for mode in report.seen))
         layers = tuple(sorted(least_even[:WORST_LAYERS], key=lambda layer: layer.index))
-    lines = [*account_lines(counted), "", found.headline, *(f"  {finding}" for finding in found.findings), ""]
+    lines = [*account_lines(counted), "", fill(found.headline, WIDTH)]
+    lines += [*(fill(f"- {finding}", WIDTH, subsequent_indent="  ") for finding in found.findings), ""]
     lines.append(f"{'':5}" + "".join(f"  {NAMES[mode]:<28}" for mode in report.seen).rstrip())
     columns = f"  {'entropy':>7}  {'busiest':>13}  {'dead':>4}"
     both = len(report.seen) == len(MODES)
@@ -153,7 +156,7 @@ def routes_table(counted: CountedRoutes) -> str:
         lines.append(f"{layer.index:>5}" + "".join(cells) + (f"  {layer.overlap():7.2f}" if both else ""))
     if len(layers) < len(report.layers):
         lines.append(f"The {len(layers)} least even of {len(report.layers)} layers are shown.")
-    return "\n".join([*lines, *(f"- {remark}" for remark in counted.remarks)])
+    return "\n".join([*lines, *(fill(f"- {remark}", WIDTH, subsequent_indent="  ") for remark in counted.remarks)])
 
 
 def _busiest(layer: LayerRoutes, mode: int) -> str:
@@ -164,7 +167,8 @@ def account_lines(counted: CountedRoutes) -> list[str]:
     """What was counted: the model, what became of the rows, and the tokens."""
     report, rows = counted.report, counted.rows
     top_k = sorted({layer.top_k for layer in report.layers})
-    kind = f"{counted.family}, {counted_words(len(report.layers), 'layer')} of {expert_numbers(report)} experts, top-{top_k[-1]}"
+    layers = counted_words(len(report.layers), "layer")
+    kind = f"{counted.family}, {layers} of {expert_numbers(report)} experts, top-{top_k[-1]}"
     skipped = sum(rows.skipped.values())
     reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in rows.skipped.most_common())})"
     altered = ", ".join(f"{count:,} {reason}" for reason, count in rows.altered.most_common())

@@ -18,7 +18,6 @@ import torch
 from thinkfusion.moe import MoELayer, bare, moe_layers, watch_routes
 from thinkfusion.sequences import MODES
 
-
 FEW_CHOICES = 20
 """With fewer choices an expert, were they even, what looks dead may be chance."""
 
