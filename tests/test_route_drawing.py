@@ -122,6 +122,18 @@ def test_counts_are_those_of_the_logits(tiny):
     model.eval()
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "jetmoe", "llama4_text", "longcat_flash"])
+def test_counts_do_not_depend_on_batches_or_the_head(family, tiny):
+    model, counter = tiny_random_model(family), RouteCounter(tiny_random_model(family).eval())
+    rows = [{"input_ids": list(range(size, 3 * size)), "mode": size % 2} for size in (9, 4, 12, 9)]
+    rows = [{**row, "labels": [-100] * 3 + row["input_ids"][3:]} for row in rows]
+    for row in rows:
+        modes, labels = torch.full((1, len(row["labels"])), row["mode"]), torch.tensor([row["labels"]])
+        with torch.no_grad(), counter.watch(modes, labels >= 0):
+            counter.model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False)
+    assert count_routes(model, tiny[1], rows, batch_size=3) == counter.report()
+
+
 def test_all_sequences_of_the_conversations_are_counted_in_both_modes(tiny):
     model, tokenizer = tiny
     found = measure_routes(model, tokenizer, embedded_rows(20), samples=8, batch_size=4)
