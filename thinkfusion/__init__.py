@@ -48,6 +48,8 @@ _HOME = {
     "lora_config": "trainable",
     "set_trainable": "trainable",
     "describe_moe": "moe",
+    "measure_routes": "route_counting",
+    "routes_table": "route_verdict",
     "reply": "generation",
     "stream_reply": "generation",
     "EvaluationPrompt": "evaluation",
@@ -95,6 +97,8 @@ if TYPE_CHECKING:
     from thinkfusion.records import iterate_conversations, prompt_overlap, read_conversations
     from thinkfusion.rendering import Rendered, Renderer, render
     from thinkfusion.reporting import mode_table, save_report
+    from thinkfusion.route_counting import measure_routes
+    from thinkfusion.route_verdict import routes_table
     from thinkfusion.row_report import RowReport
     from thinkfusion.shortening import ReasoningOptions
     from thinkfusion.sources import Source
