@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from thinkfusion.route_counting import CountedRoutes
     from thinkfusion.routing import LayerRoutes, RoutingReport
 
-DEPENDENCY = "matplotlib is not installed, so no PNG was drawn. Install it (pip install matplotlib, or the extra plots)."
+DEPENDENCY = (
+    "matplotlib is not installed, so no PNG was drawn. Install it (pip install matplotlib, or the extra plots)."
+)
 DEAD, NEUTRAL = "dead", "d0"
 EDGES = (0.25, 0.5, 0.75, 1.25, 2.0, 4.0, 8.0)
 SHARES = ("under ¼", "¼–½", "½–¾", "¾–1¼", "1¼–2", "2–4", "4–8", "over 8")
