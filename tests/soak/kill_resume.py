@@ -94,7 +94,7 @@ def train(folder: Path, lora: bool) -> None:
         )
         for sample in generate_samples(100, seed=0)
     ]
-    adapter = lora_config(model, tokenizer, r=4, lora_dropout=0.1) if lora else None
+    adapter = lora_config(model, tokenizer, r=4) if lora else None
     trainer = Trainer(
         model,
         settings,
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="how often a process is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--processes", type=int, default=1, help="processes of a run")
-    parser.add_argument("--lora", action="store_true", help="train an adapter, with dropout, and not all weights")
+    parser.add_argument("--lora", action="store_true", help="train an adapter, and not all weights")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
