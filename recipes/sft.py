@@ -34,6 +34,7 @@ from thinkfusion import (
     generate_samples,
     install_chat_template,
     load_checkpoint,
+    load_in_4bit,
     lora_config,
     mode_table,
     overlap_with_training,
@@ -43,6 +44,7 @@ from thinkfusion import (
     save_report,
 )
 from thinkfusion.launching import follow_launcher
+from thinkfusion.qlora import place
 from thinkfusion.saving import SavingError, last_checkpoint
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
@@ -94,6 +96,8 @@ class RecipeArguments:
     evaluation)."""
     lora: bool = False
     """Train LoRA adapters (experts included) in place of all weights; they are merged at the end."""
+    load_in_4bit: bool = False
+    """Keep linear layers and experts in 4 bits (bitsandbytes) while LoRA trains; needs lora."""
     lora_r: int = 16
     lora_alpha: int = 32
     adapters_only: bool = False
@@ -117,6 +121,10 @@ def parse_arguments() -> tuple[RecipeArguments, ThinkFusionConfig]:
     recipe, training = TrlParser((RecipeArguments, ThinkFusionConfig)).parse_args_and_config(given)
     if recipe.on_overlap not in ON_OVERLAP:
         raise ValueError(f"on_overlap: {recipe.on_overlap!r} is unknown; choose one of {', '.join(ON_OVERLAP)}.")
+    if recipe.load_in_4bit and not recipe.lora:
+        raise ValueError(
+            "load_in_4bit: found lora false; weights in 4 bits cannot train. Set --lora true, or leave it out."
+        )
     return recipe, training
 
 
@@ -167,12 +175,15 @@ def main() -> None:
 
     # 1. The checkpoint, with the switch installed: template, control tokens, end of turn.
     # Weights that are trained are kept in float32, whatever precision they are multiplied in; adapted ones need not be.
-    model, tokenizer = load_checkpoint(
-        recipe.model,
-        dtype="auto" if recipe.lora and training.bf16 else "float32",
-        revision=recipe.revision,
-        trust_remote_code=training.trust_remote_code,
-    )
+    given = {
+        "dtype": "auto" if recipe.lora and training.bf16 else "float32",
+        "revision": recipe.revision,
+        "trust_remote_code": training.trust_remote_code,
+    }
+    if recipe.load_in_4bit:
+        model, tokenizer = load_in_4bit(recipe.model, device=training.device, **given)
+    else:
+        model, tokenizer = load_checkpoint(recipe.model, **given)
     install_chat_template(
         tokenizer, model, scheme=training.scheme, default_mode=training.default_mode, dialect=training.dialect
     )
@@ -235,7 +246,7 @@ def main() -> None:
         return
     written, tokenizer = load_checkpoint(training.output_dir)
     proof = evaluate_modes(
-        written.to(training.device),
+        place(written, training.device) if recipe.load_in_4bit else written.to(training.device),
         tokenizer,
         prompts,
         samples=recipe.evaluation_samples,

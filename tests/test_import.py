@@ -19,6 +19,8 @@ ORDER = [
     *("sequences", "storing", "preparing", "trees", "tree_attention", "packing", "weighting", "moe"),
     *(
         "trainable",
+        "four_bit",
+        "quantising",
         "routing",
         "route_counting",
         "route_verdict",
@@ -33,6 +35,7 @@ ORDER = [
         "exporting",
         "saving",
         "planning",
+        "qlora",
         "sharding",
         "launching",
         "control_tokens",

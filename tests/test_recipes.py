@@ -101,7 +101,10 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path, set
         torch.testing.assert_close(first, second, rtol=0, atol=1e-4)
 
 
-def test_lora_by_flag_and_columns_by_name(tmp_path):
+@pytest.mark.parametrize("four_bit", ["false", "true"])
+def test_lora_by_flag_and_columns_by_name(tmp_path, four_bit):
+    if four_bit == "true":
+        pytest.importorskip("bitsandbytes")
     path = tmp_path / "rows.jsonl"
     rows = [
         {"q": each.question, "a": f"{each.reasoning} #### <<x>>{each.answer}"} for each in generate_samples(8, seed=0)
@@ -113,6 +116,8 @@ def test_lora_by_flag_and_columns_by_name(tmp_path):
         "<<[^>]*>>",
         "--lora",
         "true",
+        "--load_in_4bit",
+        four_bit,
         "--max_steps",
         "1",
         "--output_dir",
@@ -186,6 +191,7 @@ def test_what_accelerate_was_asked_for_is_found_out():
         (["--model", "./nowhere"], "./nowhere: there is no such checkpoint folder"),
         (["--dataset", "pyproject.toml"], "files ending in '.toml' are not read"),
         (["--dataset", "nobody/nothing"], "neither a file nor a data set that could be loaded"),
+        (["--load_in_4bit", "true"], "load_in_4bit: found lora false; weights in 4 bits cannot train"),
     ],
 )
 def test_bad_settings_end_in_one_clear_line(tmp_path, capsys, monkeypatch, flags, message):

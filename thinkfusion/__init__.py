@@ -62,6 +62,7 @@ _HOME = {
     "save_report": "reporting",
     "export_checkpoint": "exporting",
     "load_checkpoint": "checkpointing",
+    "load_in_4bit": "qlora",
     "ensure_processes": "launching",
     "ModeEvaluationCallback": "callbacks",
     "ThinkFusionConfig": "configuration",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from thinkfusion.moe import describe_moe
     from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator
     from thinkfusion.preparing import prepare
+    from thinkfusion.qlora import load_in_4bit
     from thinkfusion.reading import DataError
     from thinkfusion.records import iterate_conversations, prompt_overlap, read_conversations
     from thinkfusion.rendering import Rendered, Renderer, render

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from thinkfusion.checkpointing import TINY_BASE, load_checkpoint, tiny_base_path
+from thinkfusion.quantising import dequantise, is_quantised
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,6 +75,10 @@ def export_checkpoint(
     tokens included), since servers' support of adapters on experts is not reliable. With `adapters_only` the adapters
     alone are written; `load_checkpoint` puts them onto their base.
 
+    A model in 4 bits (`thinkfusion.quantising`) is made whole first, on the CPU: adapters are merged into the weights
+    that they were trained on, which differ from those of the base by what 4 bits cannot tell. To have them on the
+    base's own weights, write `adapters_only` and load that folder; its logits are others, and are not compared.
+
     dtype: of the weights written, "float32", "bfloat16" or "float16"; by default they are as they are. The model in
     memory keeps its own. Correction biases of routers stay in float32.
     check: compare logits before and after merging, and with those of the written checkpoint, loaded back. The last
@@ -88,8 +93,14 @@ def export_checkpoint(
     model = _unwrapped(model)
     adapted = hasattr(model, "merge_and_unload")
     _check_request(model, folder, dtype, adapters_only=adapters_only, adapted=adapted)
+    quantised = is_quantised(model)
+    if check and quantised and adapters_only:
+        logger.warning("The base is in 4 bits here and is loaded in full there: the adapters' logits are not compared.")
+        check = False
     probe = _probe_ids(model, tokenizer) if check else None
     before = None if probe is None else logits_of(model, probe)
+    if quantised and not adapters_only:
+        dequantise(model)
     if adapted and not adapters_only:
         model = model.merge_and_unload()
         if probe is not None and before is not None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from thinkfusion.checkpointing import TINY_BASE, tiny_base_path
 from thinkfusion.moe import MoEDescription, bare, describe_moe, meta_model
+from thinkfusion.quantising import planned_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,6 +112,8 @@ class MemoryPlan:
     """Of each of `STRATEGIES`."""
     traced: bool
     """Whether activations were traced on `meta`; else they follow from the sizes of the matrices."""
+    four_bit_bytes: int | None = None
+    """What the frozen weights take under LoRA with `load_in_4bit`; None in full fine-tuning."""
     remarks: tuple[str, ...] = ()
 
     def fits(self, strategy: str) -> bool:
@@ -133,6 +136,7 @@ class MemoryPlan:
                 for name, memory in self.memory.items()
             },
             "chosen": self.chosen,
+            "four_bit_bytes": self.four_bit_bytes,
             "activations_traced": self.traced,
             "remarks": list(self.remarks),
         }
@@ -207,6 +211,7 @@ def plan_memory(config: Any, setup: Setup) -> MemoryPlan:
     """
     model = meta_model(config)
     description = describe_moe(model)
+    four_bit = planned_sizes(model, bf16=setup.bf16).bytes if setup.method == "lora" else None
     kept, outside, traced = _kept(model, description, setup)
     peaks = [2 * own for own in kept]
     if setup.method == "lora":
@@ -217,7 +222,7 @@ def plan_memory(config: Any, setup: Setup) -> MemoryPlan:
     sizes = measure_sizes(model, setup)
     activations = _activations(bare(model).config.get_text_config(), kept, peaks, outside, setup)
     memory = {name: _memory(name, sizes, activations, setup.gpus) for name in STRATEGIES}
-    plan = MemoryPlan(description, setup, sizes, memory, traced)
+    plan = MemoryPlan(description, setup, sizes, memory, traced, four_bit)
     return replace(plan, remarks=tuple(_remarks(plan)))
 
 
@@ -461,6 +466,11 @@ def _remarks(plan: MemoryPlan) -> Iterator[str]:
         yield (
             "Adapters of experts are multiplied out to whole experts in each pass (peft's target_parameters); the "
             "activations contain this."
+        )
+    if plan.four_bit_bytes is not None:
+        yield (
+            f"In 4 bits (--load_in_4bit true, ddp only) the frozen weights take {plan.four_bit_bytes / GIB:.2f} GiB of "
+            f"each device in place of {plan.sizes.frozen_bytes * plan.sizes.frozen / GIB:.2f}."
         )
     if chosen is not None:
         yield f"Use {chosen}: recipes/accelerate/{chosen}.yaml, or --write-accelerate-config FILE for this family."

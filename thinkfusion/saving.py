@@ -31,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from thinkfusion.mixture import MixtureOptions
+from thinkfusion.quantising import is_quantised
 from thinkfusion.shortening import ReasoningOptions
 
 logger = logging.getLogger(__name__)
@@ -302,7 +303,7 @@ def describe_model(model: Any) -> dict[str, Any]:
         if isinstance(value, int) and not isinstance(value, bool) and not name.endswith("token_id")
     }
     shapes = [(name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in model.named_parameters()]
-    found = {"architecture": type(inner).__name__, **dict(sorted(sizes.items()))}
+    found = {"architecture": type(inner).__name__, "4-bit": is_quantised(inner), **dict(sorted(sizes.items()))}
     for adapter in getattr(model, "peft_config", {}).values():
         chosen = ("peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "modules_to_save")
         found["adapter"] = ", ".join(f"{name}={plain(getattr(adapter, name, None))}" for name in chosen)

@@ -24,6 +24,7 @@ from thinkfusion.control_tokens import control_rows, multiply_updates, weigh_clo
 from thinkfusion.conversations import Conversation
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
+from thinkfusion.quantising import is_quantised
 from thinkfusion.rendering import IGNORED
 from thinkfusion.routing import RouteCounter
 from thinkfusion.row_report import RowReport
@@ -78,7 +79,7 @@ class ThinkFusionTrainer(SafeTrainer):
             peft_config = lora_config(model, tokenizer, **args.kinds_that_train(lora=True))
         if peft_config is None and not isinstance(model, PeftModel):
             set_trainable(model, **args.kinds_that_train(lora=False), control_ids=self._control_ids)
-        _check_new_tokens_train(model, peft_config, self._control_ids)
+        _check_what_trains(model, peft_config, self._control_ids)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if args.max_length is not None and limit is not None and args.max_length > limit:
             raise ValueError(f"max_length: {args.max_length:,} is more than the model's {limit:,} positions.")
@@ -348,8 +349,13 @@ def _installed(
     return template
 
 
-def _check_new_tokens_train(model: PreTrainedModel, peft_config: Any, control_ids: list[int]) -> None:
-    """Refuse an adapter under which control tokens that were just added would stay as they began: all equal."""
+def _check_what_trains(model: PreTrainedModel, peft_config: Any, control_ids: list[int]) -> None:
+    """Refuse full fine-tuning in 4 bits, and adapters that leave new control tokens as they were added: all equal."""
+    if peft_config is None and not isinstance(model, PeftModel) and is_quantised(model):
+        raise ValueError(
+            "peft_config: missing; the model is in 4 bits, and such weights cannot train. Set peft_config=True "
+            "(--lora true) for LoRA, or load the model without load_in_4bit to train all weights."
+        )
     # Not every kind of adapter has these settings; one without them cannot train rows of an embedding.
     if peft_config is None or any(
         getattr(peft_config, name, None) for name in ("trainable_token_indices", "modules_to_save")
