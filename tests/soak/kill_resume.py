@@ -15,11 +15,13 @@ weights of several.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import queue
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS, SAVE_STEPS = 30, 3
-PATIENCE = 180.0
+PATIENCE = 90.0
 TOLERANCE = {1: 0.0, 2: 1e-6}
 
 
@@ -65,6 +67,7 @@ def train(folder: Path, lora: bool) -> None:
     def tell(event: str, step: int) -> None:
         print(json.dumps({"event": event, "step": step, "time": time.monotonic()}), file=report, flush=True)
 
+    faulthandler.register(signal.SIGUSR1)  # for one who waits in vain
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the trainer prints is not for the one who kills
     model, tokenizer = load("tiny-base")
@@ -146,12 +149,30 @@ class Run:
     def wait_for(self, wanted: str, count: int = 1) -> dict[str, Any] | None:
         """The event of this name that comes `count`-th from now; None if the training ends before."""
         while True:
-            event = self.events.get(timeout=PATIENCE)
+            try:
+                event = self.events.get(timeout=PATIENCE)
+            except queue.Empty:
+                raise RuntimeError(f"no step for {PATIENCE:.0f} s:\n{self.stacks()}") from None
             if event is None:
+                self.events.put(None)
                 return None
             count -= event["event"] == wanted
             if not count:
                 return event
+
+    def stacks(self) -> str:
+        """Where each process is, and what was printed before."""
+        codes = [process.poll() for process in self.processes]
+        for process in self.processes:
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(1)
+            process.kill()
+        return f"exit codes {codes}\n{self.printed()}"
+
+    def printed(self) -> str:
+        """The end of what the processes printed."""
+        self.errors.seek(0)
+        return self.errors.read().decode(errors="replace")[-8000:]
 
     def kill(self, draw: random.Random) -> None:
         for process in draw.sample(self.processes, len(self.processes)):
@@ -165,8 +186,7 @@ class Run:
         """Wait for the end of a training that is not killed; RuntimeError, with what it printed, if it failed."""
         codes = [process.wait(timeout=PATIENCE) for process in self.processes]
         if any(codes):
-            self.errors.seek(0)
-            raise RuntimeError(f"exit codes {codes}:\n{self.errors.read().decode(errors='replace')[-4000:]}")
+            raise RuntimeError(f"exit codes {codes}:\n{self.printed()}")
 
 
 def save_time(folder: Path, processes: int, lora: bool) -> float:
