@@ -14,7 +14,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plots,quantise]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plots]"
 	touch $@
 
 demo: setup
@@ -27,7 +27,12 @@ demo: setup
 	@echo
 	@echo 'Talk to it: $(BIN)/thinkfusion chat runs/tiny'
 
-test: setup
+# Training in 4 bits is tested too; what it needs says so at every start, and stays out of the demo.
+$(VENV)/.quantise: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quantise]"
+	touch $@
+
+test: setup $(VENV)/.quantise
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 # The third engine that templates are tested in; without npm its tests are skipped, and say so.
