@@ -105,7 +105,7 @@ def export_checkpoint(
         model = model.merge_and_unload()
         if probe is not None and before is not None:
             _compare(before, logits_of(model, probe), _dtype_name(model), "merging the adapters changed the model")
-    with _temporary(folder) as temporary:
+    with temporary_folder(folder) as temporary:
         if adapters_only:
             _write_adapters(model, temporary)
         else:
@@ -114,7 +114,7 @@ def export_checkpoint(
         if probe is not None and before is not None:
             written_dtype = dtype or _dtype_name(model)
             _check_written(model, tokenizer, temporary, probe=probe, expected=before, dtype=written_dtype)
-        _publish(temporary, folder)
+        publish(temporary, folder)
     return folder
 
 
@@ -222,7 +222,7 @@ def _dtype_name(model: Any) -> str:
 
 
 @contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
+def temporary_folder(folder: Path) -> Iterator[Path]:
     """A folder in `folder`, so that it is on the same disk; gone in the end, and so is `folder` if it was made."""
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -454,7 +454,7 @@ def _check_files(model: Any, folder: Path) -> None:
         raise ValueError(f"export_checkpoint: the files hold {count:,} values, expected {least:,}.")
 
 
-def _publish(temporary: Path, folder: Path) -> None:
+def publish(temporary: Path, folder: Path) -> None:
     """Move the written files to their final names, config.json last: without it a folder is no checkpoint."""
     written = sorted(path for path in temporary.iterdir())
     for path in written:
