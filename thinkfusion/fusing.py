@@ -79,15 +79,17 @@ class FusionOptions:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What was fused: tensors by kind, and the record that is written beside them."""
+    """What was fused: how many tensors with which share of the thinking model, and the record written beside them."""
 
     directory: Path
-    tensors: Mapping[str, int]
+    tensors: Mapping[float, int]
     record: Mapping[str, Any]
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in self.tensors.items())
-        return f"{self.directory}: {self.record['method']}, {self.record['ratio']} of the thinking model ({counts})"
+        counts = ", ".join(
+            f"{count:,} tensors with {ratio:g} of the thinking model" for ratio, count in self.tensors.items()
+        )
+        return f"{self.directory}: {self.record['method']} fusion of {counts}."
 
 
 def fuse_checkpoints(
@@ -141,8 +143,7 @@ def fuse_checkpoints(
             _write_texts(inputs, temporary, texts_from)
             (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             publish(temporary, folder)
-    kinds = Counter(inputs.kinds.get(name, "other") for name in inputs.thinking.tensors)
-    return Fusion(folder, dict(kinds), record)
+    return Fusion(folder, dict(Counter(map(inputs.ratio, inputs.thinking.tensors))), record)
 
 
 def fused_state(
@@ -190,7 +191,11 @@ class Inputs:
         first, second, third = opened
         assert first is not None
         assert second is not None
-        return cls(first, second, third, options, file_kinds(first.folder) if options.groups else {})
+        kinds = file_kinds(first.folder) if options.groups else {}
+        for group in options.groups:
+            if group not in kinds.values():
+                raise ValueError(f"groups: no weight of {first.folder} is of the kind {group!r}. Leave it out.")
+        return cls(first, second, third, options, kinds)
 
     @property
     def all(self) -> list[StoredWeights]:
