@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkfusion.conversations import DataError
-from thinkfusion.flags import add_option_flags, read_options
+from thinkfusion.flags import FUSION_GROUPS, add_option_flags, fuse_flags, positive, read_options
 from thinkfusion.modes import Mode, split_soft_switch
 from thinkfusion.row_report import printable
 from thinkfusion.sequences import ON_LONG_ROW, Plan
@@ -54,11 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("evaluate", help="measure both modes of a checkpoint")
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("checkpoint", help="a folder, or a Hub id")
-    evaluate.add_argument("--samples", type=_positive, default=1000, help="prompts per mode (default 1000)")
+    evaluate.add_argument("--samples", type=positive, default=1000, help="prompts per mode (default 1000)")
     evaluate.add_argument("--output", help="folder for mode_report.json (default: the checkpoint's, if it is one)")
     evaluate.add_argument("--prompts", help="a file of your own prompts: prompt, question or messages; answer")
     evaluate.add_argument("--answer_separator", help="the answer is what follows this text, e.g. '####'")
-    evaluate.add_argument("--batch_size", type=_positive, default=128)
+    evaluate.add_argument("--batch_size", type=positive, default=128)
     evaluate.add_argument("--seed", type=int, default=0)
     _generation_flags(evaluate, max_new_tokens=512)
 
@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan_memory)
     _plan_flags(plan)
 
+    fuse = verbs.add_parser("fuse", help="merge a thinking and a non-thinking checkpoint of one base")
+    fuse.set_defaults(run=_fuse)
+    fuse_flags(fuse)
+
     routes = verbs.add_parser("routes", help="see which experts the modes use: is a router collapsing?")
     routes.set_defaults(run=_routes)
     _routes_flags(routes)
@@ -87,12 +91,12 @@ def _parser() -> argparse.ArgumentParser:
 def _plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_CONFIG", help="a folder, a config.json, or a Hub id")
     parser.add_argument("--method", choices=("full", "lora"), default="full", help="what trains (default full)")
-    parser.add_argument("--gpus", type=_positive, default=8, help="devices (default 8)")
+    parser.add_argument("--gpus", type=positive, default=8, help="devices (default 8)")
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")
-    parser.add_argument("--sequence-length", type=_positive, default=4096, help="tokens of a row (default 4096)")
+    parser.add_argument("--sequence-length", type=positive, default=4096, help="tokens of a row (default 4096)")
     parser.add_argument("--layout", choices=("tree", "packed", "padded"), default="tree")
-    parser.add_argument("--batch-size", type=_positive, default=1, help="rows of a device at a time (default 1)")
-    parser.add_argument("--lora-r", type=_positive, default=16)
+    parser.add_argument("--batch-size", type=positive, default=1, help="rows of a device at a time (default 1)")
+    parser.add_argument("--lora-r", type=positive, default=16)
     parser.add_argument("--no-bf16", action="store_true", help="compute in float32")
     parser.add_argument("--no-gradient-checkpointing", action="store_true")
     parser.add_argument(
@@ -113,7 +117,7 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
 
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--samples", type=_not_negative, default=3, help="how many rows are shown (default 3)")
-    shown.add_argument("--row", type=_positive, metavar="N", help="show the row of this number, skipped or not")
+    shown.add_argument("--row", type=positive, metavar="N", help="show the row of this number, skipped or not")
     shown.add_argument(
         "--tree", action="store_true", help="draw the fusion trees of these rows, and count their tokens"
     )
@@ -134,8 +138,8 @@ def _routes_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset", nargs="+", metavar="SOURCE", help="files, patterns in quotes or Hub ids (default: embedded tasks)"
     )
-    parser.add_argument("--samples", type=_positive, default=256, help="conversations, drawn evenly (default 256)")
-    parser.add_argument("--batch_size", "--batch-size", type=_positive, default=8, help="sequences (default 8)")
+    parser.add_argument("--samples", type=positive, default=256, help="conversations, drawn evenly (default 256)")
+    parser.add_argument("--batch_size", "--batch-size", type=positive, default=8, help="sequences (default 8)")
     parser.add_argument("--output", help="folder of what is written (default: the checkpoint's, if it is one)")
     parser.add_argument("--json", action="store_true", help="print what routes.json holds, and nothing else")
     parser.add_argument("--scheme", help="where the checkpoint has no template of ours: control or empty-block")
@@ -150,8 +154,8 @@ def _reading_flags(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--weights", type=float, nargs="+", metavar="WEIGHT", help="one for each source: 2, 0.5")
     read.add_argument("--split", default="train", help="of a Hub id (default train)")
     read.add_argument("--streaming", action="store_true", help="read Hub ids without downloading them first")
-    read.add_argument("--processes", type=_positive, default=1, help="how many work at once (default 1)")
-    read.add_argument("--max_length", type=_positive, help="longest sequence allowed, in tokens")
+    read.add_argument("--processes", type=positive, default=1, help="how many work at once (default 1)")
+    read.add_argument("--max_length", type=positive, help="longest sequence allowed, in tokens")
     read.add_argument("--on_long_row", choices=ON_LONG_ROW, default="error", help="what becomes of longer ones")
     add_option_flags(read, INSPECTED)
 
@@ -161,17 +165,10 @@ INSPECTED = {"on_bad_row": "skip", "max_skipped": 1.0}
 
 
 def _generation_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    parser.add_argument("--max_new_tokens", type=_positive, default=max_new_tokens)
+    parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default)")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
 
 
 def _not_negative(text: str) -> int:
@@ -313,6 +310,71 @@ def _say(
         answer += text if part == "answer" else ""
     print(plain)
     return answer.strip()
+
+
+def _fuse(options: argparse.Namespace) -> None:
+    """Fuse two checkpoints or adapters at one ratio, or at the best of several."""
+    if options.sweep is not None and options.ratio is not None:
+        raise ValueError("sweep: it finds the ratio; leave --ratio out.")
+    from thinkfusion.adapter_fusing import fuse_adapters, is_adapter
+    from thinkfusion.fusing import FusionOptions, fuse_checkpoints
+    from thinkfusion.sweeping import ratios_of
+
+    _quiet()
+    groups = {kind: getattr(options, kind) for kind in FUSION_GROUPS if getattr(options, kind) is not None}
+    ratio = 0.8 if options.ratio is None else options.ratio
+    chosen = FusionOptions(ratio, options.method, options.scale, options.density, groups)
+    adapters = is_adapter(options.thinking)
+    if adapters and chosen != FusionOptions(ratio):
+        raise ValueError("adapters are fused linearly, at one ratio: leave the method and its settings out.")
+    if options.sweep is not None:
+        _fuse_best(options, ratios_of(options.sweep), chosen)
+    elif adapters:
+        folder = fuse_adapters(
+            options.thinking, options.non_thinking, options.output, ratio, texts_from=options.texts_from
+        )
+        print(f"{folder}: an adapter with the ranks of both, and {ratio:g} of the thinking one's update.")
+    else:
+        print(
+            fuse_checkpoints(
+                options.thinking,
+                options.non_thinking,
+                options.output,
+                chosen,
+                base=options.base,
+                texts_from=options.texts_from,
+                progress=sys.stderr.isatty(),
+            )
+        )
+
+
+def _fuse_best(options: argparse.Namespace, ratios: list[float], chosen: Any) -> None:
+    import torch
+
+    from thinkfusion.evaluation import read_prompts
+    from thinkfusion.sweeping import sweep_and_fuse
+
+    prompts = None
+    if options.prompts is not None:
+        prompts = read_prompts(options.prompts, answer_separator=options.answer_separator, limit=options.samples)
+    found = sweep_and_fuse(
+        options.thinking,
+        options.non_thinking,
+        options.output,
+        ratios,
+        chosen,
+        base=options.base,
+        texts_from=options.texts_from,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        prompts=prompts,
+        samples=options.samples,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        progress=sys.stderr.isatty(),
+    )
+    print(found)
+    print(f"Written: {options.output}, with sweep.json and sweep.png")
 
 
 def _routes(options: argparse.Namespace) -> None:

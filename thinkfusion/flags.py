@@ -82,3 +82,44 @@ def _fields() -> Iterator[tuple[Field[Any], Any]]:
             if each.name not in seen:
                 seen.add(each.name)
                 yield each, types[each.name]
+
+
+FUSION_METHODS = ("linear", "task", "ties", "slerp")
+FUSION_GROUPS = ("router", "experts", "shared_experts", "attention", "embeddings", "dense", "norms")
+
+
+def fuse_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `thinkfusion fuse`."""
+    parser.add_argument("thinking", metavar="THINKING", help="a folder: a checkpoint, or a LoRA adapter")
+    parser.add_argument("non_thinking", metavar="NON_THINKING", help="one of the same base")
+    parser.add_argument("--output", required=True, help="folder of the fused one")
+    parser.add_argument("--ratio", type=float, help="share of the thinking model, 0 to 1 (default 0.8)")
+    parser.add_argument("--sweep", metavar="BEGIN:END:STEP", help="measure these ratios, and write the best: 0:1:0.1")
+    parser.add_argument("--method", choices=FUSION_METHODS, default="linear", help="how weights are merged")
+    parser.add_argument("--base", help="folder of their base: for task and ties, and checked where given")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the change from the base: task, ties (default 1)")
+    parser.add_argument("--density", type=float, default=0.2, help="share of the changes that ties keeps (default 0.2)")
+    for kind in FUSION_GROUPS:
+        flag = f"--{kind.replace('_', '-')}"
+        parser.add_argument(flag, type=float, metavar="RATIO", help=f"a ratio of its own for {kind.replace('_', ' ')}")
+    parser.add_argument(
+        "--texts-from",
+        choices=("thinking", "non_thinking"),
+        default="thinking",
+        help="whose tokenizer, template and configs are written (default thinking)",
+    )
+    swept = parser.add_argument_group("for --sweep")
+    swept.add_argument("--samples", type=positive, default=500, help="prompts per mode and ratio (default 500)")
+    swept.add_argument("--prompts", help="a file of your own prompts: prompt, question or messages; answer")
+    swept.add_argument("--answer_separator", help="the answer is what follows this text, e.g. '####'")
+    swept.add_argument("--batch_size", type=positive, default=128)
+    swept.add_argument("--seed", type=int, default=0)
+    swept.add_argument("--max_new_tokens", type=positive, default=512)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as a flag gives it."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value

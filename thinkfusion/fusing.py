@@ -32,7 +32,7 @@ METHODS = ("linear", "task", "ties", "slerp")
 GROUPS = tuple(KINDS)
 RECORD = "fusion.json"
 SOURCES = ("thinking", "non_thinking")
-_TEXT_FILES = (
+TEXT_FILES = (
     *("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
@@ -257,7 +257,7 @@ class Inputs:
         for other in self.all[1:]:
             _check_configs(self.thinking.folder, other.folder)
             _check_tensors(self.thinking, other)
-        _check_tokenizers(self.thinking.folder, self.non_thinking.folder)
+        check_tokenizers(self.thinking.folder, self.non_thinking.folder)
         self._check_bases()
 
     def _check_bases(self) -> None:
@@ -351,7 +351,7 @@ def _check_tensors(one: StoredWeights, other: StoredWeights) -> None:
             )
 
 
-def _check_tokenizers(one: Path, other: Path) -> None:
+def check_tokenizers(one: Path, other: Path) -> None:
     """Raise ValueError where one id stands for two tokens."""
     vocabularies = [_vocabulary(folder) for folder in (one, other)]
     if None in vocabularies or vocabularies[0] == vocabularies[1]:
@@ -469,7 +469,7 @@ def _check_room(weights: StoredWeights, folder: Path) -> None:
 def _write_texts(inputs: Inputs, temporary: Path, texts_from: str) -> None:
     """Tokenizer, template and configs of one of the inputs, and the index of the files."""
     chosen = inputs.thinking if texts_from == "thinking" else inputs.non_thinking
-    for name in _TEXT_FILES:
+    for name in TEXT_FILES:
         if (chosen.folder / name).is_file():
             shutil.copyfile(chosen.folder / name, temporary / name)
     if (chosen.folder / "additional_chat_templates").is_dir():

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 LEAST_SHARE = 0.05
 """Of the sequences, for each mode; `ratio` may ask for less."""
-MIXTURES = ("paired", "combined", "ratio", "sequential")
+ONE_MODE: dict[str, tuple[Mode, ...]] = {"thinking": (Mode.THINKING,), "non_thinking": (Mode.NON_THINKING,)}
+"""Mixtures for a checkpoint of one mode, to be fused with one of the other."""
+MIXTURES = ("paired", "combined", "ratio", "sequential", *ONE_MODE)
 RATIO_UNITS = ("tokens", "samples")
 BOTH: tuple[Mode, ...] = (Mode.THINKING, Mode.NON_THINKING)
 LARGEST_DENOMINATOR = 10**9
@@ -40,7 +42,8 @@ class MixtureOptions:
         without its reasoning (or a given one). The control token is then the only thing that tells the modes apart:
         format errors in thinking mode fall from 96 % to 0.4 % (KRAFTON). `combined` trains every exchange in its own
         mode; `ratio` does, and thins the too frequent mode; `sequential` does, all of thinking first (100 % format
-        errors in thinking mode there; for comparison).
+        errors in thinking mode there; for comparison). `thinking` trains exchanges with reasoning, in thinking mode
+        alone, `non_thinking` trains all, in non-thinking mode alone: for two checkpoints that are fused.
     pair_fraction: share of the rows with reasoning that `paired` trains in both modes; each other one is trained in
         one mode, drawn evenly. Different questions per mode leak less reasoning into non-thinking answers
         ("Demystifying Hybrid Thinking", arXiv 2510.12680).
@@ -142,13 +145,17 @@ def assign_modes(conversation: Conversation, options: MixtureOptions) -> Convers
     mixture other than `paired` would have to throw away.
     """
     modes = BOTH
-    paired = options.mixture == "paired"
+    paired, one_mode = options.mixture == "paired", ONE_MODE.get(options.mixture)
     if paired and options.pair_fraction < 1 and draw(options.seed, "pair", conversation) >= options.pair_fraction:
         modes = BOTH[:1] if draw(options.seed, "pair_mode", conversation) < 0.5 else BOTH[1:]
     exchanges = []
     for exchange in conversation.exchanges:
         wanted = exchange.modes
-        if not wanted or exchange.ends_only:
+        if not wanted:
+            pass
+        elif one_mode is not None:
+            wanted = one_mode if _teaches(exchange, one_mode) else ()
+        elif exchange.ends_only:
             pass
         elif exchange.alternative:
             wanted = BOTH
@@ -169,6 +176,11 @@ def assign_modes(conversation: Conversation, options: MixtureOptions) -> Convers
         conversation.line,
         conversation.language,
     )
+
+
+def _teaches(exchange: Exchange, modes: tuple[Mode, ...]) -> bool:
+    """Whether an exchange is trained by a mixture of one mode: reasoning can be left out, and not made up."""
+    return exchange.has_reasoning or exchange.ends_only if modes == BOTH[:1] else not exchange.ends_only
 
 
 def _unexpected_reasoning(conversation: Conversation) -> DataError:
@@ -220,7 +232,8 @@ def mix(conversations: Sequence[Conversation], mixture: str | MixtureOptions = "
         raise ValueError(f"mixture: {what} chooses and orders sequences by their tokens; use prepare(…) for it.")
     options = mixture if isinstance(mixture, MixtureOptions) else MixtureOptions(mixture)
     mixed = [assign_modes(conversation, options) for conversation in conversations]
-    both_modes_check(Counter(mode for each in mixed for exchange in each.exchanges for mode in exchange.modes))
+    if options.mixture not in ONE_MODE:
+        both_modes_check(Counter(mode for each in mixed for exchange in each.exchanges for mode in exchange.modes))
     return mixed
 
 
@@ -256,7 +269,7 @@ def select(table: SequenceTable, options: MixtureOptions, *, both_modes: bool = 
     import numpy as np
 
     kept = _within_caps(table, options)
-    if both_modes or options.mixture == "ratio":
+    if (both_modes and options.mixture not in ONE_MODE) or options.mixture == "ratio":
         modes = table.mode[kept]
         both_modes_check({mode: int(np.count_nonzero(modes == index)) for index, mode in enumerate(Mode)})
     if options.mixture == "ratio":
