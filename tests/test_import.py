@@ -33,6 +33,10 @@ ORDER = [
     *(
         "checkpointing",
         "exporting",
+        "weight_files",
+        "fusing",
+        "adapter_fusing",
+        "sweeping",
         "saving",
         "planning",
         "qlora",

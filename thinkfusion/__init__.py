@@ -63,6 +63,11 @@ _HOME = {
     "export_checkpoint": "exporting",
     "load_checkpoint": "checkpointing",
     "load_in_4bit": "qlora",
+    "FusionOptions": "fusing",
+    "fuse_checkpoints": "fusing",
+    "fuse_adapters": "adapter_fusing",
+    "sweep_ratios": "sweeping",
+    "sweep_and_fuse": "sweeping",
     "ensure_processes": "launching",
     "ModeEvaluationCallback": "callbacks",
     "ThinkFusionConfig": "configuration",
@@ -71,6 +76,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from thinkfusion.adapter_fusing import fuse_adapters
     from thinkfusion.callbacks import ModeEvaluationCallback
     from thinkfusion.chat_templates import chat_template, install_chat_template
     from thinkfusion.checkpointing import load_checkpoint
@@ -86,6 +92,7 @@ if TYPE_CHECKING:
     )
     from thinkfusion.exporting import export_checkpoint
     from thinkfusion.formats import RecordOptions
+    from thinkfusion.fusing import FusionOptions, fuse_checkpoints
     from thinkfusion.generation import reply, stream_reply
     from thinkfusion.launching import ensure_processes
     from thinkfusion.messages import Message
@@ -105,6 +112,7 @@ if TYPE_CHECKING:
     from thinkfusion.shortening import ReasoningOptions
     from thinkfusion.sources import Source
     from thinkfusion.storing import prepared_cache
+    from thinkfusion.sweeping import sweep_and_fuse, sweep_ratios
     from thinkfusion.tasks import TaskSample, generate_samples, grade
     from thinkfusion.trainable import lora_config, set_trainable
     from thinkfusion.training import ThinkFusionTrainer

@@ -193,6 +193,7 @@ def draw_sweep(found: Sweep, path: str | Path) -> None:
         panel.set(title=title, xlabel="share of the thinking model", ylabel="%", ylim=(-2, 102))
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-    panels[0].legend(frameon=False)
+    if panels[0].lines[:-1]:
+        panels[0].legend(frameon=False)
     figure.suptitle(f"Fused at {found.best:g}: {RULE.split(';', maxsplit=1)[0]}", fontsize=10, color="#555555")
     figure.savefig(path, dpi=140)
