@@ -49,6 +49,7 @@ bench: setup
 	mkdir -p runs/benchmarks
 	$(BIN)/python tests/benchmarks/preparation.py $(if $(GSM8K),--gsm8k $(GSM8K)) --json runs/benchmarks/preparation.json
 	$(BIN)/python tests/benchmarks/memory.py --json runs/benchmarks/memory.json
+	$(BIN)/python tests/benchmarks/fusing.py --json runs/benchmarks/fusing.json
 	$(BIN)/python tests/benchmarks/trees.py $(if $(GSM8K),--gsm8k $(GSM8K)) --json runs/benchmarks/trees.json
 	$(BIN)/python tests/benchmarks/fuzzing.py $(if $(GSM8K),--data $(GSM8K)) --json runs/benchmarks/fuzzing.json
 	$(BIN)/python tests/benchmarks/planning.py --json runs/benchmarks/planning.json

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from thinkfusion.conversations import Conversation, DataError, Exchange, Message
 from thinkfusion.mixture import (
     MIXTURES,
+    ONE_MODE,
     MixtureOptions,
     SequenceTable,
     TokenAccount,
@@ -29,6 +30,7 @@ from thinkfusion.mixture import (
 )
 from thinkfusion.modes import Mode
 
+HYBRID = [mixture for mixture in MIXTURES if mixture not in ONE_MODE]
 BOTH, THINKING, NON_THINKING = tuple(Mode), (Mode.THINKING,), (Mode.NON_THINKING,)
 
 
@@ -145,7 +147,7 @@ def pre_paired(modes=BOTH):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mixture": "half"}, r"mixture: 'half' is unknown; choose one of .*sequential \(--mixture\)"),
+        ({"mixture": "half"}, r"mixture: 'half' is unknown; choose one of .*non_thinking \(--mixture\)"),
         ({"mixture": "ratio", "ratio": 0.5, "ratio_unit": "rows"}, r"ratio_unit: 'rows'.*tokens, samples"),
         ({"pair_fraction": 1.01}, r"pair_fraction: found 1.01.*--pair_fraction"),
         ({"pair_fraction": -1}, "pair_fraction: found -1"),
@@ -242,11 +244,26 @@ def test_a_mode_with_under_a_twentieth_is_refused():
     both_modes_check({Mode.THINKING: 5, Mode.NON_THINKING: 95})
 
 
+def test_mixtures_of_one_mode():
+    """Reasoning can be left out, and not be made up; a closed exchange is one of thinking mode."""
+    plain = placed("r", None)
+    closed = replace(placed("r"), exchanges=(replace(placed("r").exchanges[0], ends_only=True, modes=THINKING),))
+    for mixture, expected in (("thinking", THINKING), ("non_thinking", NON_THINKING)):
+        options = MixtureOptions(mixture)
+        assert assign_modes(pre_paired(THINKING), options).exchanges[0].modes == expected
+        assert assign_modes(pre_paired(()), options).exchanges[0].modes == ()
+        assert assign_modes(closed, options).exchanges[0].modes == (THINKING if mixture == "thinking" else ())
+        with_reasoning, without = assign_modes(plain, options).exchanges
+        assert with_reasoning.modes == expected
+        assert without.modes == (() if mixture == "thinking" else NON_THINKING)
+        assert modes_of(mix([plain], mixture))
+
+
 def options_for(mixture, **others):
     return MixtureOptions(mixture, ratio=0.5 if mixture == "ratio" else None, **others)
 
 
-@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("mixture", HYBRID)
 def test_pre_paired_rows_are_trained_in_both_modes(mixture):
     assert assign_modes(pre_paired(THINKING), options_for(mixture)).exchanges[0].modes == BOTH
     assert assign_modes(pre_paired(()), options_for(mixture)).exchanges[0].modes == ()
@@ -263,7 +280,7 @@ def test_other_mixtures_keep_the_own_modes(mixture):
     assert caught.value.reason == "unexpected_reasoning"
 
 
-@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("mixture", HYBRID)
 def test_closed_exchanges_are_trained_in_thinking_mode_only(mixture):
     row = placed("r")
     row = replace(row, exchanges=(replace(row.exchanges[0], ends_only=True, modes=THINKING),))
@@ -469,7 +486,7 @@ def test_the_order_of_the_table_does_not_matter(rows, random, which):
     assert set(chosen(shuffled, options)) == set(kept)
 
 
-@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("mixture", HYBRID)
 def test_select_wants_both_modes(mixture):
     for rows in ([], [(0, 0, 0.1, [(0, 5)])], [(0, 0, 0.1, [(1, 5)])]):
         with pytest.raises(ValueError, match="no row is trained in"):
