@@ -64,7 +64,7 @@ def test_flags_are_those_of_the_recipe():
     known = {option for action in parser._actions for option in action.option_strings}
     own_data = README[README.index("## Your own data") : README.index("## Measure any checkpoint")]
     verbs = _parser()._subparsers._group_actions[0].choices
-    commands = {flag for verb in ("inspect", "plan", "routes") for flag in verbs[verb]._option_string_actions}
+    commands = {flag for verb in ("inspect", "plan", "routes", "fuse") for flag in verbs[verb]._option_string_actions}
     launched = {"--num_processes", "--config", "--gsm8k", "--temperature", "--kills"}
     assert set(re.findall(r"--\w[\w-]+", own_data)) - known <= commands | launched
 
