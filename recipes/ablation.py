@@ -65,11 +65,12 @@ class Job:
         return Path(self.folder, "jobs", f"{self.recipe}-{self.scheme}-{self.seed}.json".replace(":", "_"))
 
 
-def jobs_of(folder: Path, seeds: int, tokens: int, samples: int) -> list[Job]:
+def jobs_of(folder: Path, recipes: list[str], seeds: int, tokens: int, samples: int) -> list[Job]:
     """TRL's template has one scheme, the empty block. Those that take longest come first."""
     return [
         Job(recipe, scheme, seed, tokens, samples, str(folder))
         for recipe in reversed(RECIPES)
+        if recipe in recipes
         for seed in range(seeds)
         for scheme in (SCHEMES if recipe != TRL else SCHEMES[1:])
     ]
@@ -202,7 +203,7 @@ def train_and_merge(job: Job) -> tuple[Any, Any, int, float]:
         dataset = prepared(tokenizer, round(share * job.tokens), job.seed, (mode,), mixture=mode)
         spent += train(model, tokenizer, dataset, job, mode)
         export_checkpoint(model, tokenizer, work / mode)
-    prompts = task_prompts(max(24, job.samples // 3), seed=1000 + job.seed)
+    prompts = task_prompts(max(8, job.samples // 3), seed=1000 + job.seed)
     found = sweep_and_fuse(
         work / "thinking",
         work / "non_thinking",
@@ -364,6 +365,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the table, the figure and each result")
     parser.add_argument("--quick", action="store_true", help="one seed, half the tokens, fewer prompts")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="which rows (default: all)"
+    )
     parser.add_argument("--seeds", type=int, help="how many (default 3; 1 with --quick)")
     parser.add_argument("--tokens", type=int, help="trained tokens of each recipe (default 120,000; 60,000)")
     parser.add_argument("--samples", type=int, help="prompts per mode (default 480; 240)")
@@ -372,7 +376,7 @@ def main() -> None:
     seeds = options.seeds or (1 if options.quick else 3)
     tokens = options.tokens or (60_000 if options.quick else 120_000)
     samples = options.samples or (240 if options.quick else 480)
-    jobs = jobs_of(options.output, seeds, tokens, samples)
+    jobs = jobs_of(options.output, options.recipes, seeds, tokens, samples)
     setting = {"tokens": tokens, "samples": samples}
     kept = options.output / "jobs" / "setting.json"
     if kept.is_file() and json.loads(kept.read_text()) != setting:

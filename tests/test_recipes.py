@@ -325,3 +325,57 @@ def test_the_example_switches_turn_by_turn(trained, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert re.findall(r"\[(thinking|non_thinking)\]\n", out) == ["thinking", "non_thinking", "non_thinking", "thinking"]
     assert "reasoning: " in out.split("The same, streamed:")[1]
+
+
+def test_the_ablation_trains_and_measures_its_rows(tmp_path):
+    """TRL's own trainer, and the longest of the others; the next call reads what is there."""
+    flags = ["--recipes", "trl", "merge_then_paired", "--tokens", "800", "--samples", "8", "--seeds", "1"]
+    command = [sys.executable, str(ROOT / "recipes" / "ablation.py"), "--output", str(tmp_path), *flags]
+
+    def run(*more):
+        return subprocess.run(
+            [*command, *more], capture_output=True, text=True, env=ONE_THREAD, timeout=300, check=False
+        )
+
+    done = run("--processes", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "ablation.json").read_text())
+    rows = {(row["recipe"], row["scheme"], row["seed"]): row for row in results}
+    assert set(rows) == {
+        ("trl", "empty-block", 0),
+        *(("merge_then_paired", name, 0) for name in ("control", "empty-block")),
+    }
+    for row in results:
+        assert 700 <= row["trained_tokens"] <= 900
+        assert (row["ratio"] is None) == (row["recipe"] == "trl")
+        for mode in ("thinking", "non_thinking"):
+            assert {"format_error", "accuracy_seen", "accuracy_unseen", "tokens"} <= set(row["modes"][mode])
+            assert row["modes"][mode]["tokens"] > 0
+    table = (tmp_path / "ablation.md").read_text()
+    assert table.count("\n| merge then paired at 0") + table.count("\n| merge then paired at 1") == 2
+    assert table.strip() in done.stdout
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    kept = (tmp_path / "ablation.json").read_text()
+    again = run()
+    assert "3 rows, 3 of them there already" in again.stdout
+    assert (tmp_path / "ablation.json").read_text() == kept
+    other = run("--tokens", "900")
+    assert other.returncode == 1
+    assert "holds results of" in other.stderr
+
+
+def test_the_ablation_tells_tasks_of_a_mode_from_those_of_the_other():
+    ablation = runpy.run_path(str(ROOT / "recipes" / "ablation.py"))
+    rows = ablation["rows_of"](8, 0)
+    assert [bool(row["reasoning"]) for row in rows] == [True, False] * 4
+    tasks = {"running_sum_en": (0.5, 10), "maximum_ko": (1.0, 30), "dial_en": (0.25, 20), "reversal_ko": (None, 20)}
+    cells = {
+        name: {"accuracy": value, "format_error": value, "samples": count} for name, (value, count) in tasks.items()
+    }
+    measured = {"tasks": cells, "reasoning_tokens": 3.0, "answer_tokens": 2.0}
+    measured |= dict.fromkeys(("format_error", "truncated", "leakage"), 0.1)
+    thinking, other = (ablation["figures"](measured, mode) for mode in ("thinking", "non_thinking"))
+    assert (thinking["accuracy_seen"], thinking["accuracy_unseen"]) == (0.875, 0.25)
+    assert (other["accuracy_seen"], other["accuracy_unseen"]) == (0.25, 0.875)
+    assert thinking["tokens"] == 5.0
+    assert ablation["spread"]([0.0, 0.5], "accuracy") == "25.0 % (0.0-50.0)"

@@ -160,7 +160,6 @@ def largest_tensor(folder: Path) -> int:
 
 def equal_to_mergekit(work: Path) -> float:
     """The largest difference of the two results, as a share of a tensor's largest value."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     # mergekit writes the experts of a layer as one tensor, as transformers 5 holds them.
