@@ -114,6 +114,12 @@ def _literal(value: str | bool) -> str:
     return " + ".join(tokens.get(part) or json.dumps(part, ensure_ascii=False) for part in parts) or '""'
 
 
+def template_marks(source: str) -> tuple[str, str, Mode] | None:
+    """The names of dialect and scheme, and the default mode, of a template's source; None if it is none of ours."""
+    found = _MARKER.search(source)
+    return None if found is None else (found[1], found[2], Mode.parse(found[3]))
+
+
 def installed_template(tokenizer: PreTrainedTokenizerBase) -> InstalledTemplate | None:
     """What `install_chat_template` put on this tokenizer, or None if its template is another one."""
     source = tokenizer.chat_template

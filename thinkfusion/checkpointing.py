@@ -54,7 +54,7 @@ def load_checkpoint(
     if folder.exists():
         if revision is not None:
             raise ValueError(f"{name}: this is a folder, and revision={revision!r} is for the Hub. Leave it out.")
-        adapter = _check_folder(folder)
+        adapter = check_folder(folder)
     elif folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2:
         raise FileNotFoundError(f"{name}: there is no such checkpoint folder.")
     else:
@@ -219,7 +219,7 @@ def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, old_siz
         add_embedding_rows(model, tokenizer, list(range(old_size, len(tokenizer))), old_size)
 
 
-def _check_folder(folder: Path) -> bool:
+def check_folder(folder: Path) -> bool:
     """Raise FileNotFoundError if `folder` holds no whole checkpoint; whether it is an adapter."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: this is a file; name the folder of a checkpoint.")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from thinkfusion.digests import weights_digest
 from thinkfusion.evaluation import ModeReport
 from thinkfusion.modes import Mode
 
@@ -57,8 +58,12 @@ def mode_table(report: ModeReport) -> str:
     return "\n".join(lines)
 
 
-def save_report(report: ModeReport, directory: str | Path) -> Path:
-    """Write `mode_report.json`, and `replies.jsonl` with every prompt and reply; returns the report's path."""
+def save_report(report: ModeReport, directory: str | Path, *, checkpoint: str | Path | None = None) -> Path:
+    """Write `mode_report.json`, and `replies.jsonl` with every prompt and reply; returns the report's path.
+
+    checkpoint: the folder that was measured. A digest of its weights goes into the report as `weights`, so that the
+    report cannot be taken for one of weights that came later.
+    """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / REPLIES_NAME).open("w", encoding="utf-8") as file:
@@ -75,5 +80,9 @@ def save_report(report: ModeReport, directory: str | Path) -> Path:
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     path = folder / REPORT_NAME
-    path.write_text(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    measured = report.to_dict()
+    weights = None if checkpoint is None else weights_digest(checkpoint)
+    if weights is not None:
+        measured["weights"] = weights
+    path.write_text(json.dumps(measured, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return path

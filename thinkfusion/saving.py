@@ -30,6 +30,7 @@ from datasets import IterableDataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from thinkfusion.digests import digest
 from thinkfusion.mixture import MixtureOptions
 from thinkfusion.quantising import is_quantised
 from thinkfusion.shortening import ReasoningOptions
@@ -40,8 +41,6 @@ MANIFEST = "manifest.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Neither what transformers finds by "^checkpoint-(\d+)$" nor what it deletes by "checkpoint-*".
 UNFINISHED = re.compile(r"unfinished-\d+")
-_MIB = 1 << 20
-_BLOCKS = 64
 
 
 ORDER_SETTINGS = (
@@ -64,17 +63,6 @@ class SavingError(OSError):
 
 
 # Whole or not ---------------------------------------------------------------------------------------------------------
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file of up to 64 MiB; of 64 blocks of 1 MiB, spread evenly from first to last, of a larger one."""
-    size = path.stat().st_size
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        for index in range(_BLOCKS if size > _BLOCKS * _MIB else math.ceil(size / _MIB)):
-            file.seek(index * _MIB if size <= _BLOCKS * _MIB else (size - _MIB) * index // (_BLOCKS - 1))
-            found.update(file.read(_MIB))
-    return found.hexdigest()
 
 
 def write_manifest(folder: Path, step: int, run: Mapping[str, Any]) -> None:

@@ -334,12 +334,12 @@ def _hub_rows(source: Source) -> Iterator[tuple[int, Any]]:
         reason = next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
         raise FileNotFoundError(
             f"{source.name}: neither a file nor a data set that could be loaded from the Hub "
-            f"({_without_secrets(reason)}). Check the name, run `hf auth login` if it is private, or name a local "
+            f"({without_secrets(reason)}). Check the name, run `hf auth login` if it is private, or name a local "
             "file."
         ) from None
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
     """`text` without access tokens: an error message ends up in logs that other people read."""
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         token = os.environ.get(variable, "").strip()
