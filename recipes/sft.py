@@ -41,6 +41,7 @@ from thinkfusion import (
     prepare,
     prepared_cache,
     read_prompts,
+    save_recipe,
     save_report,
 )
 from thinkfusion.launching import follow_launcher
@@ -241,6 +242,15 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     print(f"The checkpoint is in {training.output_dir}.")
+    save_recipe(
+        training.output_dir,
+        training,
+        base_model=recipe.model,
+        revision=getattr(model.config, "_commit_hash", None),
+        method="LoRA on weights in 4 bits" if recipe.load_in_4bit else "LoRA" if recipe.lora else "full fine-tuning",
+        datasets=[recipe.dataset] if isinstance(recipe.dataset, str) else recipe.dataset,
+        steps=trainer.state.global_step,
+    )
     if not recipe.evaluation_samples or not measured:
         print(f"Measure its switch: thinkfusion evaluate {training.output_dir} --prompts FILE --output DIR")
         return
@@ -253,8 +263,10 @@ def main() -> None:
         max_new_tokens=recipe.evaluation_max_new_tokens,
         temperature=recipe.evaluation_temperature,
     )
-    save_report(proof, training.output_dir)
+    save_report(proof, training.output_dir, checkpoint=training.output_dir)
     print(mode_table(proof))
+    if training.push_to_hub:
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

@@ -61,6 +61,10 @@ _HOME = {
     "mode_table": "reporting",
     "save_report": "reporting",
     "export_checkpoint": "exporting",
+    "make_card": "model_card",
+    "save_recipe": "card_facts",
+    "plan_upload": "publishing",
+    "push_checkpoint": "publishing",
     "load_checkpoint": "checkpointing",
     "load_in_4bit": "qlora",
     "FusionOptions": "fusing",
@@ -78,6 +82,7 @@ __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 if TYPE_CHECKING:
     from thinkfusion.adapter_fusing import fuse_adapters
     from thinkfusion.callbacks import ModeEvaluationCallback
+    from thinkfusion.card_facts import save_recipe
     from thinkfusion.chat_templates import chat_template, install_chat_template
     from thinkfusion.checkpointing import load_checkpoint
     from thinkfusion.configuration import ThinkFusionConfig
@@ -97,10 +102,12 @@ if TYPE_CHECKING:
     from thinkfusion.launching import ensure_processes
     from thinkfusion.messages import Message
     from thinkfusion.mixture import MixtureOptions, TokenAccount, mix
+    from thinkfusion.model_card import make_card
     from thinkfusion.modes import Mode, Reply, Scheme, split_reply
     from thinkfusion.moe import describe_moe
     from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator
     from thinkfusion.preparing import prepare
+    from thinkfusion.publishing import plan_upload, push_checkpoint
     from thinkfusion.qlora import load_in_4bit
     from thinkfusion.reading import DataError
     from thinkfusion.records import iterate_conversations, prompt_overlap, read_conversations

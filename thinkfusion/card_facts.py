@@ -51,7 +51,8 @@ class Origin:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` is nothing on this disk and has the form of a Hub id, `owner/name`."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
     repository = name.partition(":")[0]
     if repository.count("/") != 1 or _DATA_FILE.search(repository) or Path(name).exists():
@@ -161,7 +162,9 @@ def measured_report(folder: str | Path, report: str | Path | None = None) -> dic
     found = read_json(path)
     remedy = f"Measure it: thinkfusion evaluate {folder}. To upload it unmeasured: --without-report."
     if found is None:
-        raise FileNotFoundError(f"{path}: there is no mode report, so it is not known whether the switch works. {remedy}")
+        raise FileNotFoundError(
+            f"{path}: there is no mode report, so it is not known whether the switch works. {remedy}"
+        )
     modes = found.get("modes")
     if not isinstance(modes, dict) or not {mode.value for mode in Mode} <= set(modes) or "samples" not in found:
         raise ValueError(f"{path}: this is no mode report: found {', '.join(found)}. {remedy}")
@@ -225,10 +228,12 @@ def _settings_alone(folder: Path) -> dict[str, Any] | None:
     given = read_json(folder / ARGUMENTS)
     if given is None:
         return None
-    return {"settings": {name: given[name] for name in (*STEP_SETTINGS, *ORDER_SETTINGS, *_MORE_SETTINGS) if name in given}}
+    return {
+        "settings": {name: given[name] for name in (*STEP_SETTINGS, *ORDER_SETTINGS, *_MORE_SETTINGS) if name in given}
+    }
 
 
-# The record of a recipe ------------------------------------------------------------------------------------------------
+# The record of a recipe ------------------------------------------------------------------------------------------
 
 
 def save_recipe(
@@ -260,7 +265,9 @@ def save_recipe(
         "method": method,
         "datasets": [{"name": each.name, "on_hub": each.on_hub} for each in data],
         "steps": steps,
-        "settings": {name: plain(getattr(settings, name)) for name in kept if getattr(settings, name, None) is not None},
+        "settings": {
+            name: plain(getattr(settings, name)) for name in kept if getattr(settings, name, None) is not None
+        },
         "versions": {name: version(name) for name in ("thinkfusion", "transformers", "trl", "peft", "torch")},
     }
     path = Path(directory) / RECIPE

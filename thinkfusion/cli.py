@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="a system message")
     _generation_flags(chat, max_new_tokens=1024)
 
+    push = verbs.add_parser("push", help="upload a checkpoint to the Hub, with a model card of what was measured")
+    push.set_defaults(run=_push)
+    _push_flags(push)
+
     plan = verbs.add_parser("plan", help="see what training takes of a GPU's memory, before loading anything")
     plan.set_defaults(run=_plan_memory)
     _plan_flags(plan)
@@ -86,6 +90,22 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     _inspect_flags(inspect)
     return parser
+
+
+def _push_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a folder")
+    parser.add_argument("repo", help="owner/name; made if it is not there")
+    parser.add_argument("--public", action="store_true", help="for everybody; by default it is private")
+    parser.add_argument("--license", help="the Hub's identifier, such as apache-2.0 (default: that of the base's card)")
+    parser.add_argument("--base-model", metavar="ID", help="the base's Hub id, where the checkpoint does not name it")
+    parser.add_argument("--report", metavar="FILE", help="the mode report (default: the checkpoint's)")
+    parser.add_argument(
+        "--without-report",
+        action="store_true",
+        help="upload what was not measured, or has changed since; the card says so",
+    )
+    parser.add_argument("--message", default="Upload a model with two modes, by thinkfusion", help="of the commit")
+    parser.add_argument("--dry-run", action="store_true", help="show the files and the card, and upload nothing")
 
 
 def _plan_flags(parser: argparse.ArgumentParser) -> None:
@@ -215,9 +235,30 @@ def _evaluate(options: argparse.Namespace) -> None:
         top_p=options.top_p,
     )
     output = options.output or (options.checkpoint if os.path.isdir(options.checkpoint) else ".")
-    path = save_report(report, output)
+    path = save_report(report, output, checkpoint=options.checkpoint if os.path.isdir(options.checkpoint) else None)
     print(mode_table(report))
     print(f"Written: {path}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    """Show what would go up, and send it."""
+    from thinkfusion.publishing import plan_upload, require_token, send
+
+    if not options.dry_run:
+        require_token()  # before anything is read
+    upload = plan_upload(
+        options.checkpoint,
+        options.repo,
+        report=options.report,
+        without_report=options.without_report,
+        license=options.license,
+        base_model=options.base_model,
+    )
+    print(upload, flush=True)
+    if options.dry_run:
+        print(f"\n{upload.card}")
+        return
+    print(f"Uploaded: {send(upload, public=options.public, message=options.message)}")
 
 
 def _plan_memory(options: argparse.Namespace) -> None:

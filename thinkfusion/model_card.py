@@ -75,7 +75,9 @@ def card_data(facts: CheckpointFacts, repo: str, licence: Mapping[str, str]) -> 
     bases = [base.name for base in facts.bases if base.on_hub]
     data = sorted({each.name for each in facts.data if each.on_hub})
     results = eval_results(facts)
-    relation = {"base_model_relation": facts.relation} if bases and facts.relation else {}
+    more: dict[str, Any] = dict(licence)
+    if bases and facts.relation:
+        more["base_model_relation"] = facts.relation
     return ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
         datasets=data or None,
@@ -83,10 +85,9 @@ def card_data(facts: CheckpointFacts, repo: str, licence: Mapping[str, str]) -> 
         library_name="peft" if facts.adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["thinkfusion", "mixture-of-experts", "reasoning", "hybrid-thinking", "conversational"],
-        model_name=repo.split("/")[-1] if results else None,
+        model_name=last_part(repo) if results else None,
         eval_results=results or None,
-        **licence,
-        **relation,
+        **more,
     )
 
 
@@ -137,18 +138,19 @@ def card_text(facts: CheckpointFacts, repo: str, licence: Mapping[str, str]) -> 
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-# Sections ---------------------------------------------------------------------------------------------------------------
+# Sections ------------------------------------------------------------------------------------------
 
 
 def _heading(facts: CheckpointFacts, repo: str) -> str:
     lines = [] if facts.report is not None else [UNMEASURED, ""]
-    lines += [f"# {repo.split('/')[-1]}", ""]
+    lines += [f"# {last_part(repo)}", ""]
     kind = "An adapter (LoRA) of a" if facts.adapter else "A"
     lines.append(
         f"{kind} Mixture-of-Experts chat model with two modes: *thinking* (it reasons, then answers) and "
         "*non-thinking* (it answers at once). The user switches."
         if _experts(facts.config) or facts.adapter
-        else "A chat model with two modes: *thinking* (it reasons, then answers) and *non-thinking* (it answers at once)."
+        else "A chat model with two modes: *thinking* (it reasons, then answers) and *non-thinking* (it answers at "
+        "once). The user switches."
     )
     size = sum(facts.parameters.values())
     types = ", ".join(sorted(facts.parameters))
@@ -236,8 +238,8 @@ def _served(facts: CheckpointFacts, repo: str) -> str:
     marked = facts.dialect != "gpt_oss"
     parser = " --reasoning-parser qwen3" if marked else ""
     split = (
-        "The parser `qwen3` splits at `</think>`; send `enable_thinking` with every request, since it does not see other "
-        "switches."
+        "The parser `qwen3` splits at `</think>`; send `enable_thinking` with every request, since it does not see "
+        "other switches."
         if marked
         else "Replies of this markup have channels; choose the server's parser for gpt-oss."
     )
@@ -285,7 +287,7 @@ def _origin(facts: CheckpointFacts) -> str:
 
 
 def _rows(facts: CheckpointFacts) -> str:
-    lines = ["## Data", "", f"Data sets: {_named(facts.data)}."]
+    lines = ["## Data", "", f"Data sets: {_named(facts.data, 'datasets/')}."]
     rows = facts.rows
     if rows is None:
         return "\n".join([*lines, f"What became of their rows is {UNKNOWN}."])
@@ -329,13 +331,14 @@ def _limits(facts: CheckpointFacts) -> str:
             "solution: not knowledge, not safety, not long conversations, no other language than theirs."
         )
     lines += [
-        "- Servers turn control strings in a user's text (`</think>`, those of turns) into control tokens. Filter them.",
+        "- Servers turn control strings in a user's text (`</think>`, those of turns) into control tokens. "
+        "Filter them.",
         f"- This card was made from the checkpoint's files by thinkfusion {__version__}; nobody has added to it.",
     ]
     return "\n".join(lines)
 
 
-# Words -------------------------------------------------------------------------------------------------------------------
+# Words ------------------------------------------------------------------------------------------
 
 
 def _escaped(text: Any) -> str:
@@ -382,11 +385,12 @@ def _experts(config: Mapping[str, Any]) -> int | None:
     return next((config[name] for name in names if config.get(name)), None)
 
 
-def _named(origins: Sequence[Origin]) -> str:
+def _named(origins: Sequence[Origin], kind: str = "") -> str:
     if not origins:
         return UNKNOWN
     return ", ".join(
-        f"[{origin.name}](https://huggingface.co/{origin.name})" + (f" at `{origin.revision}`" if origin.revision else "")
+        f"[{origin.name}](https://huggingface.co/{kind}{origin.name})"
+        + (f" at `{origin.revision}`" if origin.revision else "")
         if origin.on_hub
         else "the base that is embedded in thinkfusion"
         if embedded(origin)

@@ -22,13 +22,13 @@ from thinkfusion.checkpointing import load_checkpoint
 from thinkfusion.configuration import ThinkFusionConfig
 from thinkfusion.control_tokens import control_rows, multiply_updates, weigh_closing_token
 from thinkfusion.conversations import Conversation
+from thinkfusion.hub_training import HubTrainer
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
 from thinkfusion.quantising import is_quantised
 from thinkfusion.rendering import IGNORED
 from thinkfusion.routing import RouteCounter
 from thinkfusion.row_report import RowReport
-from thinkfusion.safe_training import SafeTrainer
 from thinkfusion.sequences import MODES
 from thinkfusion.trainable import frozen_rows, lora_config, set_trainable
 from thinkfusion.tree_attention import RowLayout, check_implementation, tree_attention, why_not_trees
@@ -37,7 +37,7 @@ from thinkfusion.trees import trunk_is_non_thinking
 logger = logging.getLogger(__name__)
 
 
-class ThinkFusionTrainer(SafeTrainer):
+class ThinkFusionTrainer(HubTrainer):
     """TRL's `SFTTrainer` on both modes.
 
     model: a model, or the name of a checkpoint to load together with its tokenizer.
