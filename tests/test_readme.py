@@ -81,10 +81,13 @@ def test_named_files_are_there(path):
 
 
 def test_commands_are_understood():
-    verbs = re.findall(r"thinkfusion (evaluate|chat|inspect|plan|routes) ([^\n#]*)", SHELL)
+    verbs = re.findall(r"thinkfusion (evaluate|chat|inspect|plan|routes|push) ([^\n#]*)", SHELL)
     assert len(verbs) >= 5
     for verb, flags in verbs:
         _parser().parse_args([verb, *flags.replace("'####'", "####").split()])
+    published = (ROOT / "examples" / "publishing.md").read_text(encoding="utf-8")
+    for line in re.findall(r"^thinkfusion ([^#\n]*)", published, re.MULTILINE):
+        _parser().parse_args(line.split())
     targets = set(re.findall(r"make (\w+)", SHELL))
     makefile = (ROOT / "Makefile").read_text()
     assert targets == {"demo", "test"}

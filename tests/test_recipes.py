@@ -19,8 +19,16 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 
-from thinkfusion import Conversation, ThinkFusionConfig, generate_samples, install_chat_template, load_checkpoint
+from thinkfusion import (
+    Conversation,
+    ThinkFusionConfig,
+    generate_samples,
+    install_chat_template,
+    load_checkpoint,
+    plan_upload,
+)
 from thinkfusion.cli import main
+from thinkfusion.digests import weights_digest
 from thinkfusion.launching import launched_alone, requested_processes
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +73,10 @@ def test_the_default_recipe_trains_exports_and_measures(trained):
     report = json.loads((folder / "mode_report.json").read_text())
     assert report["samples"] == 8
     assert set(report["modes"]) == {"thinking", "non_thinking"}
+    assert report["weights"] == weights_digest(folder)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert (recipe["base_model"], recipe["method"], recipe["steps"]) == ("tiny-base", "full fine-tuning", 4)
+    assert "Trained by full fine-tuning, 4 steps." in plan_upload(folder, "owner/name").card
     model, tokenizer = load_checkpoint(folder)
     assert model.config.vocab_size == 1088
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).startswith("<|im_start|>")

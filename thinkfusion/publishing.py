@@ -232,7 +232,9 @@ def _check_places(file: UploadFile, folder: Path) -> None:
         text = file.source.read_text(encoding="utf-8", errors="replace")
     for place in {Path.home(), folder.resolve(), Path.cwd()}:
         # JSON may write a backslash twice.
-        if len(place.parts) > 1 and re.search(re.escape(str(place)) + r"(?=[/\\\"'\s]|$)", text.replace("\\\\", "\\")):
+        if len(place.parts) > 1 and re.search(
+            r"(?<![\w.-])" + re.escape(str(place)) + r"(?![\w.-])", text.replace("\\\\", "\\")
+        ):
             raise ValueError(
                 f"{file.name}: it holds a path of this machine ({place}), which everybody would read. Take it out, or "
                 "export the checkpoint again."
@@ -241,7 +243,7 @@ def _check_places(file: UploadFile, folder: Path) -> None:
 
 def base_license(folder: Path, base_model: str | None = None) -> dict[str, str] | None:
     """The licence that the base's card names, as metadata; None if there is no such card, or it cannot be had."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import HfApi
 
     bases = read_facts(folder, base_model=base_model).bases
     if len(bases) != 1:
@@ -251,11 +253,12 @@ def base_license(folder: Path, base_model: str | None = None) -> dict[str, str] 
     if not bases[0].on_hub:
         return None
     try:
-        data = ModelCard.load(bases[0].name, ignore_metadata_errors=True).data
+        # One request and no second: the download of the card would be tried for half a minute without a network.
+        data = HfApi().model_info(bases[0].name, timeout=10).card_data
     except Exception as error:  # of the network, of the Hub or of the card; the upload does without
         logger.warning("The card of %s could not be read: %s.", bases[0].name, type(error).__name__)
         return None
-    if not isinstance(data.get("license"), str):
+    if data is None or not isinstance(data.get("license"), str):
         return None
     return {name: data[name] for name in ("license", "license_name", "license_link") if isinstance(data.get(name), str)}
 
