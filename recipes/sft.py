@@ -242,12 +242,17 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     print(f"The checkpoint is in {training.output_dir}.")
+    adapters = f"LoRA (r {recipe.lora_r}, alpha {recipe.lora_alpha})"
     save_recipe(
         training.output_dir,
         training,
         base_model=recipe.model,
         revision=getattr(model.config, "_commit_hash", None),
-        method="LoRA on weights in 4 bits" if recipe.load_in_4bit else "LoRA" if recipe.lora else "full fine-tuning",
+        method=f"{adapters} on weights in 4 bits"
+        if recipe.load_in_4bit
+        else adapters
+        if recipe.lora
+        else "full fine-tuning",
         datasets=[recipe.dataset] if isinstance(recipe.dataset, str) else recipe.dataset,
         steps=trainer.state.global_step,
     )

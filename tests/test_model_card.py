@@ -53,7 +53,7 @@ def test_the_table_and_the_metadata_are_what_was_measured(folder):
     thinking = values["modes"]["thinking"]
     low, high = thinking["format_error_interval"]
     assert line.startswith(f"33.3 % [{100 * low:.1f}, {100 * high:.1f}] | 0.0 % ")
-    assert r"| accuracy, sums\|all | 25.0 % " in card.text
+    assert r"| accuracy, sums\|all | 50.0 % " in card.text
     read = ModelCard(str(card)).data
     found = {(each.dataset_config, each.metric_type): each for each in read.eval_results}
     assert found["thinking", "format_error"].metric_value == pytest.approx(1 / 3, abs=1e-6)
@@ -123,6 +123,9 @@ def test_rows_are_accounted_for_and_not_quoted(folder, tokenizer):
     assert "secret" not in str(card)
     assert "someone" not in str(card)
     assert card.data.language == ["ko"]
+    account.account.add("rows", "thinking", "latin", 30, stage="after")
+    account.save(folder / "row_report.json")
+    assert make_card(folder, "me/model").data.language is None  # of some rows only the script is known
 
 
 def test_a_fused_checkpoint_names_what_it_was_fused_from(folder, tmp_path):

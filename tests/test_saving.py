@@ -21,7 +21,7 @@ from transformers import Qwen3MoeForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from tests.test_training import config, conversations, logged
-from thinkfusion import Conversation, ThinkFusionTrainer, install_chat_template, load_checkpoint, lora_config
+from thinkfusion import Conversation, ThinkFusionTrainer, digests, install_chat_template, load_checkpoint, lora_config
 from thinkfusion import saving as saving_module
 from thinkfusion.saving import (
     MANIFEST,
@@ -118,7 +118,7 @@ def test_without_any_whole_checkpoint_there_is_none(tmp_path):
 
 
 def test_large_files_are_known_by_blocks_from_first_to_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving_module, "_MIB", 16)
+    monkeypatch.setattr(digests, "_MIB", 16)
     path, content = tmp_path / "large", bytearray(random.Random(0).randbytes(16 * 64 * 3 + 5))
     path.write_bytes(content)
     whole = digest(path)

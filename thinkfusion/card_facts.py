@@ -30,7 +30,10 @@ FUSION = "fusion.json"
 ARGUMENTS = "training_args.json"
 ADAPTER = "adapter_config.json"
 _DATA_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|txt|gz|zst|arrow)$")
-_MORE_SETTINGS = ("scheme", "default_mode", "dialect", "max_length")
+_MORE_SETTINGS = (
+    *("scheme", "default_mode", "dialect", "max_length", "train_router", "train_experts", "train_shared_experts"),
+    *("train_attention", "train_embeddings"),
+)
 _LONGEST_HEADER = 100_000_000
 
 
@@ -99,10 +102,11 @@ class CheckpointFacts:
 
     @property
     def languages(self) -> list[str]:
-        """ISO 639 codes of the languages that training rows were found to be in; scripts are none."""
+        """ISO 639 codes of the languages that training rows are in; none where of some only the script is known."""
         records = ((self.rows or {}).get("account") or {}).get("by") or ()
         found = {str(record["language"]) for record in records if record.get("rows_after", 1)}
-        return sorted(code for code in found if re.fullmatch(r"[a-z]{2,3}", code) and code != "und")
+        known = all(re.fullmatch(r"[a-z]{2,3}", code) and code != "und" for code in found)
+        return sorted(found) if known else []
 
 
 def read_facts(

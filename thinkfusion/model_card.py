@@ -278,7 +278,7 @@ def _origin(facts: CheckpointFacts) -> str:
     settings = facts.recipe.get("settings") or {}
     if not settings:
         return "\n".join([*lines, "" if facts.fusion else f"The recipe is {UNKNOWN}."]).rstrip()
-    shown = {name: value for name, value in settings.items() if value not in (None, "", 0, 0.0, False)}
+    shown = {name: value for name, value in settings.items() if value not in (None, "", 0, -1, False)}
     lines += ["", "| setting | value |", "|---|---|"]
     lines += [f"| `{name}` | {_escaped(value)} |" for name, value in sorted(shown.items())]
     versions = facts.recipe.get("versions") or {}
@@ -394,6 +394,8 @@ def _named(origins: Sequence[Origin], kind: str = "") -> str:
         if origin.on_hub
         else "the base that is embedded in thinkfusion"
         if embedded(origin)
+        else "the tasks that are embedded in thinkfusion"
+        if kind and origin.name == "tasks"
         else f"{_escaped(origin.name)} (not on the Hub)"
         for origin in origins
     )
