@@ -272,6 +272,17 @@ def test_without_a_token_nothing_is_asked(hub, checkpoint, monkeypatch, tmp_path
     assert not hub.calls
 
 
+def test_a_token_from_a_login_is_not_told_either(hub, checkpoint, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text(TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    hub.fail["create"] = [403]  # whose answer repeats the token
+    with pytest.raises(PublishingError, match="the token may not write there") as raised:
+        push_checkpoint(checkpoint, "me/fused")
+    assert TOKEN not in str(raised.value)
+    push_checkpoint(checkpoint, "me/fused")
+
+
 def test_offline_is_said_and_not_tried_again(hub, checkpoint, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PublishingError, match="offline mode is enabled"):

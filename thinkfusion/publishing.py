@@ -178,10 +178,8 @@ def check_repo_name(repo: str, what: str = "repository") -> None:
 
 def _files(folder: Path, base_model: str | None) -> tuple[list[UploadFile], list[str]]:
     """The files of the allow-list, and remarks on those that are changed on their way."""
-    files, remarks = [], []
-    for path in weight_files(folder):
-        weights_header(path)
-        files.append(UploadFile(path.name, path, path.stat().st_size))
+    files = [UploadFile(path.name, path, path.stat().st_size) for path in weight_files(folder)]
+    remarks: list[str] = []
     for name in SETTINGS:
         settings = read_json(folder / name)
         if settings is None:
