@@ -26,6 +26,8 @@ ORDER = [
         "route_verdict",
         "route_drawing",
         "balance",
+        "budget",
+        "sampling_defaults",
         "generation",
         "evaluation",
         "digests",
@@ -106,8 +108,8 @@ def test_type_checkers_see_the_same_names():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="'thinkfusion' has no attribute 'replies'"):
-        _ = thinkfusion.replies
+    with pytest.raises(AttributeError, match="'thinkfusion' has no attribute 'answers'"):
+        _ = thinkfusion.answers
     assert not hasattr(thinkfusion, "Modes")
 
 

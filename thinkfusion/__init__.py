@@ -50,6 +50,10 @@ _HOME = {
     "describe_moe": "moe",
     "measure_routes": "route_counting",
     "routes_table": "route_verdict",
+    "generation_defaults": "sampling_defaults",
+    "set_generation_defaults": "sampling_defaults",
+    "ThinkingBudget": "budget",
+    "replies": "generation",
     "reply": "generation",
     "stream_reply": "generation",
     "EvaluationPrompt": "evaluation",
@@ -81,6 +85,7 @@ __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from thinkfusion.adapter_fusing import fuse_adapters
+    from thinkfusion.budget import ThinkingBudget
     from thinkfusion.callbacks import ModeEvaluationCallback
     from thinkfusion.card_facts import save_recipe
     from thinkfusion.chat_templates import chat_template, install_chat_template
@@ -98,7 +103,7 @@ if TYPE_CHECKING:
     from thinkfusion.exporting import export_checkpoint
     from thinkfusion.formats import RecordOptions
     from thinkfusion.fusing import FusionOptions, fuse_checkpoints
-    from thinkfusion.generation import reply, stream_reply
+    from thinkfusion.generation import replies, reply, stream_reply
     from thinkfusion.launching import ensure_processes
     from thinkfusion.messages import Message
     from thinkfusion.mixture import MixtureOptions, TokenAccount, mix
@@ -116,6 +121,7 @@ if TYPE_CHECKING:
     from thinkfusion.route_counting import measure_routes
     from thinkfusion.route_verdict import routes_table
     from thinkfusion.row_report import RowReport
+    from thinkfusion.sampling_defaults import generation_defaults, set_generation_defaults
     from thinkfusion.shortening import ReasoningOptions
     from thinkfusion.sources import Source
     from thinkfusion.storing import prepared_cache

@@ -182,6 +182,7 @@ def _load_with_adapter(
     """The base that the adapter in `folder` names, with the rows of new tokens, the adapter merged into it."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
+    from transformers import GenerationConfig
 
     described = PeftConfig.from_pretrained(str(folder))
     base = described.base_model_name_or_path
@@ -207,6 +208,8 @@ def _load_with_adapter(
             f"missing ({_some(missing)})."
         )
     merged: PreTrainedModel = adapted.merge_and_unload()
+    if (folder / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(folder)
     return merged
 
 

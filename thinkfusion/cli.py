@@ -68,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("prompt", nargs="?", help="ask this, print the reply and end")
     chat.add_argument("--mode", help="thinking or non_thinking (default: the template's)")
     chat.add_argument("--system", help="a system message")
+    chat.add_argument("--thinking_budget", type=_not_negative, metavar="N", help="close reasoning after N tokens")
     _generation_flags(chat, max_new_tokens=1024)
+    # What is not given is the checkpoint's default for the mode.
+    chat.set_defaults(temperature=None, top_p=None)
 
     push = verbs.add_parser("push", help="upload a checkpoint to the Hub, with a model card of what was measured")
     push.set_defaults(run=_push)
@@ -186,7 +189,9 @@ INSPECTED = {"on_bad_row": "skip", "max_skipped": 1.0}
 
 def _generation_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 is greedy decoding (default; chat: the checkpoint's)"
+    )
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
 
@@ -338,6 +343,7 @@ def _say(
         tokenizer,
         messages,
         mode=mode,
+        thinking_budget=options.thinking_budget,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,

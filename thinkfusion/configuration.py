@@ -14,6 +14,7 @@ from thinkfusion.formats import RecordOptions
 from thinkfusion.mixture import MIXTURES, MixtureOptions
 from thinkfusion.modes import Mode, get_scheme
 from thinkfusion.packing import LAYOUTS
+from thinkfusion.sampling_defaults import parse_generation_defaults
 from thinkfusion.sequences import ON_LONG_ROW, Plan
 from thinkfusion.shortening import ReasoningOptions
 from thinkfusion.weighting import ModeWeights
@@ -55,6 +56,12 @@ class ThinkFusionConfig(SFTConfig):
         default="thinking", metadata={"help": "The mode without a switch, stored in the template."}
     )
     """The mode of a prompt without a switch, stored in the template that is installed."""
+    generation_defaults: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "How each mode samples, stored with the checkpoint: qwen3, or JSON by mode."}
+    )
+    """How each mode samples by default, stored in the checkpoint's generation_config.json: "qwen3" (0.6, 0.95, 20 and
+    0.7, 0.8, 20), or temperature, top_p and top_k by mode; None leaves them as they are. See `set_generation_defaults`.
+    """
     on_bad_row: str = field(default="error", metadata={"help": "error: stop at a bad row; skip: leave out, and count."})
     """What happens to rows that cannot be trained on."""
     max_skipped: float = field(default=0.01, metadata={"help": "Largest share of skipped rows that is accepted."})
@@ -141,6 +148,7 @@ class ThinkFusionConfig(SFTConfig):
         if self.dialect is not None:
             get_dialect(self.dialect)
         Mode.parse(self.default_mode)
+        parse_generation_defaults(self.generation_defaults)
         self._check_layout()
         # Their own checks name the flags.
         data = self.preparation(None)

@@ -252,8 +252,11 @@ def generate_replies(
     batch_size: int,
     seed: int,
     progress: bool = True,
+    thinking_budget: int | None = None,
 ) -> dict[Mode, list[Reply]]:
     """Reply to every prompt in both modes. The random state outside is left as it was.
+
+    `thinking_budget` closes the reasoning after so many tokens (see `ThinkingBudget`).
 
     Prompts of similar length share a batch, since padding is computed too; the order of the result is that of
     the prompts.
@@ -278,7 +281,9 @@ def generate_replies(
         torch.manual_seed(seed)
         for batch in batches:
             ids, modes = [job[3] for job in batch], [job[1] for job in batch]
-            replies = generate(model, tokenizer, ids, modes, sampling, scheme=prompter.scheme)
+            replies = generate(
+                model, tokenizer, ids, modes, sampling, scheme=prompter.scheme, thinking_budget=thinking_budget
+            )
             for (_, mode, index, _), reply in zip(batch, replies, strict=True):
                 found[mode][index] = reply
             bar.update(len(batch))

@@ -108,6 +108,7 @@ def export_checkpoint(
     with temporary_folder(folder) as temporary:
         if adapters_only:
             _write_adapters(model, temporary)
+            _write_generation(model.get_base_model(), tokenizer, temporary)
         else:
             _write_model(model, tokenizer, temporary, dtype, max_shard_size)
         _write_tokenizer(tokenizer, temporary)
@@ -361,6 +362,13 @@ def _mend_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         settings.pad_token_id = tokenizer.pad_token_id
     if not settings.do_sample and {"temperature", "top_p", "top_k", "min_p"} & {*settings.to_diff_dict()}:
         settings.do_sample = True
+
+
+def _write_generation(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """generation_config.json beside adapters: ends of a turn and defaults of the modes are not those of the base."""
+    if model.generation_config is not None:
+        _mend_generation(model, tokenizer)
+        model.generation_config.save_pretrained(folder)
 
 
 def _write_adapters(model: Any, folder: Path) -> None:

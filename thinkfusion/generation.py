@@ -23,6 +23,7 @@ from thinkfusion.modes import (
     split_soft_switch,
 )
 from thinkfusion.rendering import Renderer, scheme_of
+from thinkfusion.sampling_defaults import SamplingDefaults, generation_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,40 +109,146 @@ def reply(
     messages: Messages | str,
     *,
     mode: Mode | str | bool | None = None,
+    thinking_budget: int | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     max_new_tokens: int = 1024,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    **options: Any,
 ) -> Reply:
     """Reply to `messages` (or to one user message, given as text), split into reasoning and answer.
 
-    Without `mode`, the latest soft switch in the messages decides, and else the template's default. A temperature
-    of 0 is greedy decoding. The prompt comes from the messages with their texts as data (see `Prompter`).
+    Without `mode`, the latest soft switch in the messages decides, and else the template's default.
+    `thinking_budget` closes the reasoning after so many tokens (see `ThinkingBudget`). A temperature of 0 is greedy
+    decoding; what is None of temperature, top_p and top_k is taken from the checkpoint's defaults of the mode, and is
+    0, 1 and 0 if it has none. Other `options` are arguments of `model.generate`, such as `num_beams`. The prompt comes
+    from the messages with their texts as data (see `Prompter`).
 
     Raises DataError if the messages are no conversation that ends with a user message or a tool result, ValueError
-    for an unknown mode or a template without a switch.
+    for an unknown mode, a template without a switch, a bad budget, or more than one reply (see `replies`).
     """
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    prompter = Prompter(tokenizer)
-    chosen = choose_mode(messages, mode, prompter.default_mode)
-    ids = prompter.prompt_ids(messages, chosen, tools)
-    sampling = Sampling(max_new_tokens, temperature, top_p)
-    return generate(model, tokenizer, [ids], [chosen], sampling, scheme=prompter.scheme)[0]
+    if options.get("num_return_sequences", 1) != 1:
+        raise ValueError("num_return_sequences: reply gives one reply. Use replies([messages], …), which gives all.")
+    return replies(
+        model,
+        tokenizer,
+        [messages],
+        mode=mode,
+        thinking_budget=thinking_budget,
+        tools=tools,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        **options,
+    )[0]
+
+
+def replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Messages | str],
+    *,
+    mode: Mode | str | bool | Sequence[Mode | str | bool | None] | None = None,
+    thinking_budget: int | Sequence[int | None] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    max_new_tokens: int = 1024,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    batch_size: int = 32,
+    **options: Any,
+) -> list[Reply]:
+    """Reply to several conversations, `batch_size` at a time in left-padded batches; in their order.
+
+    `mode` and `thinking_budget` are for all of them, or a sequence with one for each. Everything else is as with
+    `reply`. With `num_return_sequences`, the replies to one conversation follow each other. Conversations of similar
+    length share a batch; modes do as well, unless they sample in different ways.
+
+    Raises what `reply` raises, and ValueError for sequences of another length than `conversations`.
+    """
+    if isinstance(conversations, str):
+        raise ValueError("conversations: found one text, expected a list of conversations. Use reply for one.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: found {batch_size}, expected at least 1.")
+    modes = _for_each(mode, len(conversations), "mode")
+    budgets = _for_each(thinking_budget, len(conversations), "thinking_budget")
+    prompter, defaults = Prompter(tokenizer), generation_defaults(model)
+    # Rows that are sampled alike can share a batch; sorted by length, little of it is padding.
+    groups: dict[Sampling, list[tuple[int, Mode, list[int]]]] = {}
+    for index, (given, wanted) in enumerate(zip(conversations, modes, strict=True)):
+        messages = _as_messages(given)
+        chosen = choose_mode(messages, wanted, prompter.default_mode)
+        sampling = Sampling.choose(defaults.get(chosen), max_new_tokens, temperature, top_p, top_k)
+        groups.setdefault(sampling, []).append((index, chosen, prompter.prompt_ids(messages, chosen, tools)))
+    found: dict[int, list[Reply]] = {}
+    copies = options.get("num_return_sequences", 1)
+    for sampling, jobs in groups.items():
+        jobs.sort(key=lambda job: (len(job[2]), job[0]))
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            batch_replies = generate(
+                model,
+                tokenizer,
+                [ids for _, _, ids in batch],
+                [chosen for _, chosen, _ in batch],
+                sampling,
+                scheme=prompter.scheme,
+                thinking_budget=[budgets[index] for index, _, _ in batch],
+                **options,
+            )
+            for place, (index, _, _) in enumerate(batch):
+                found[index] = batch_replies[place * copies : (place + 1) * copies]
+    return [each for index in range(len(conversations)) for each in found[index]]
+
+
+def _as_messages(given: Messages | str) -> Messages:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def _for_each(value: Any, count: int, name: str) -> list[Any]:
+    """One value for each of `count` conversations; ValueError if it is a sequence of another length."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"{name}: found {len(value)} for {count} conversations, expected one for each, or one for all."
+        )
+    return list(value)
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn: at most `max_new_tokens`, greedily at temperature 0."""
+    """How tokens are drawn: at most `max_new_tokens`, greedily at temperature 0, among all tokens at top_k 0."""
 
     max_new_tokens: int = 1024
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+
+    @classmethod
+    def choose(
+        cls,
+        defaults: SamplingDefaults | None,
+        max_new_tokens: int,
+        temperature: float | None,
+        top_p: float | None,
+        top_k: int | None,
+    ) -> Sampling:
+        """What is asked for, and for what is None the defaults, if there are any."""
+        defaults = defaults or SamplingDefaults()
+        return cls(
+            max_new_tokens,
+            defaults.temperature if temperature is None else temperature,
+            defaults.top_p if top_p is None else top_p,
+            defaults.top_k if top_k is None else top_k,
+        )
 
     def options(self) -> dict[str, Any]:
         """The arguments of `generate`; every setting is given, so that the checkpoint's own do not mix in."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
         if self.temperature > 0:
-            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         else:
             options |= {"temperature": None, "top_p": None, "top_k": None}
         return options
@@ -171,12 +278,18 @@ def generate(
     sampling: Sampling,
     *,
     scheme: Scheme | str = "control",
+    thinking_budget: int | Sequence[int | None] | None = None,
+    **options: Any,
 ) -> list[Reply]:
     """Continue prompts (ids, of any lengths) in one left-padded batch; one Reply each, in their order.
 
+    `thinking_budget` is for all prompts, or a sequence with one for each. `options` are arguments of `model.generate`
+    and win over `sampling`; with `num_return_sequences`, the replies to one prompt follow each other.
     The model is left as it was found: training mode, gradient checkpointing and configuration.
     """
     import torch
+
+    arguments = sampling.options() | _with_budget(tokenizer, scheme, thinking_budget, options)
 
     length = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -191,13 +304,30 @@ def generate(
             pad_token_id=pad,
             eos_token_id=ends,
             use_cache=True,
-            **sampling.options(),
+            **arguments,
         )
-    replies = []
-    for row, mode in zip(out[:, length:].tolist(), modes, strict=True):
+    copies = arguments.get("num_return_sequences", 1)
+    given = []
+    for row, mode in zip(out[:, length:].tolist(), [mode for mode in modes for _ in range(copies)], strict=True):
         stop = next((index for index, token in enumerate(row) if token in ends), None)
-        replies.append(split_reply(row[:stop], mode, tokenizer=tokenizer, finished=stop is not None, scheme=scheme))
-    return replies
+        given.append(split_reply(row[:stop], mode, tokenizer=tokenizer, finished=stop is not None, scheme=scheme))
+    return given
+
+
+def _with_budget(
+    tokenizer: PreTrainedTokenizerBase,
+    scheme: Scheme | str,
+    thinking_budget: int | Sequence[int | None] | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Arguments of `model.generate`, with a budget, if there is any, behind the caller's own processors."""
+    budgets = thinking_budget if isinstance(thinking_budget, Sequence) else [thinking_budget]
+    if all(each is None for each in budgets):
+        return dict(options)
+    from thinkfusion.budget import ThinkingBudget
+
+    processors = [*(options.get("logits_processor") or []), ThinkingBudget(tokenizer, budgets, scheme=scheme)]
+    return {**options, "logits_processor": processors}
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scheme: Scheme) -> list[int]:
@@ -216,17 +346,20 @@ class Chunk(NamedTuple):
 def stream_reply(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
+    messages: Messages | str,
     *,
     mode: Mode | str | bool | None = None,
+    thinking_budget: int | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     max_new_tokens: int = 1024,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    **options: Any,
 ) -> Iterator[Chunk]:
     """Like `reply`, but yields the reply in pieces while it is generated. Tags are taken out, by id.
 
-    An error while generating is raised here, after the pieces that came before it.
+    An error while generating is raised here, after the pieces that came before it. transformers streams no beam search.
     """
     import torch
     from transformers import TextIteratorStreamer
@@ -251,9 +384,11 @@ def stream_reply(
             if text:
                 self.text_queue.put(text)
 
-    prompter = Prompter(tokenizer)
+    messages, prompter = _as_messages(messages), Prompter(tokenizer)
     chosen = choose_mode(messages, mode, prompter.default_mode)
     ids = prompter.prompt_ids(messages, chosen, tools)
+    sampling = Sampling.choose(generation_defaults(model).get(chosen), max_new_tokens, temperature, top_p, top_k)
+    arguments = sampling.options() | _with_budget(tokenizer, prompter.scheme, thinking_budget, options)
     tags, ends = reply_tags(tokenizer, prompter.scheme), _end_ids(model, tokenizer, prompter.scheme)
     streamer = Parts(tokenizer, skip_prompt=True)
     failures: list[BaseException] = []
@@ -268,7 +403,7 @@ def stream_reply(
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=ends,
                     streamer=streamer,
-                    **Sampling(max_new_tokens, temperature, top_p).options(),
+                    **arguments,
                 )
         except BaseException as error:
             failures.append(error)

@@ -29,6 +29,7 @@ from thinkfusion.quantising import is_quantised
 from thinkfusion.rendering import IGNORED
 from thinkfusion.routing import RouteCounter
 from thinkfusion.row_report import RowReport
+from thinkfusion.sampling_defaults import set_generation_defaults
 from thinkfusion.sequences import MODES
 from thinkfusion.trainable import frozen_rows, lora_config, set_trainable
 from thinkfusion.tree_attention import RowLayout, check_implementation, tree_attention, why_not_trees
@@ -326,7 +327,10 @@ class ThinkFusionTrainer(HubTrainer):
 def _installed(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: ThinkFusionConfig
 ) -> InstalledTemplate:
-    """The tokenizer's switchable template, installed if it has none; ValueError if it is not what `args` asks for."""
+    """The tokenizer's switchable template, installed if it has none; ValueError if it is not what `args` asks for.
+
+    The model gets the modes' generation defaults of `args`, if there are any.
+    """
     template = installed_template(tokenizer)
     if template is None:
         logger.warning("Installing the chat template with the scheme %r on the tokenizer.", args.scheme)
@@ -346,6 +350,8 @@ def _installed(
         )
     template = installed_template(tokenizer)
     assert template is not None
+    if args.generation_defaults is not None:
+        set_generation_defaults(model, args.generation_defaults, default_mode=template.default_mode)
     return template
 
 
