@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -215,6 +216,16 @@ def test_tool_use_in_both_modes(checkpoint, monkeypatch, capsys):
         assert 'call:    add({"a": 1734, "b": 58}) = 1792' in part
         assert f"answer:  {CALL_ANSWER}" in part
     assert "thought" not in plain
+
+
+def test_what_generation_md_shows(checkpoint, monkeypatch):
+    shown = "".join(re.findall(r"```python\n(.*?)```", (EXAMPLES / "generation.md").read_text(), re.DOTALL))
+    names: dict = {}
+    exec(shown.replace("runs/tiny", str(checkpoint)).replace("thinking_budget=200", "max_new_tokens=60"), names)
+    assert [each.mode.value for each in names["given"]] == ["thinking", "non_thinking"]
+    assert len(names["samples"]) == 3
+    assert names["best"].reasoning_tokens <= 40
+    assert names["ids"].shape[0] == 1
 
 
 def test_the_command_chat_with_a_budget(checkpoint, capsys):

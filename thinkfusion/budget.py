@@ -132,8 +132,8 @@ class ThinkingBudget(LogitsProcessor):
         """
         length = ids.shape[1]
         places = torch.arange(1, length + 1, device=ids.device)
-        closed = _ends_of(ids[:, : length - len(self._closing) + 1], self._mark)
-        last = (closed * places[: closed.shape[1]]).amax(dim=1) if closed.shape[1] else ids.new_zeros(len(ids))
+        closed = _ends_of(ids, self._mark) & (places <= length - len(self._closing) + 1)
+        last = (closed * places).amax(dim=1)
         opened = _ends_of(ids, self._opening) & (places - len(self._opening) >= last[:, None])
         first = torch.where(opened, places, length + 1).amin(dim=1)
         return [None if place > length else place for place in first.tolist()]
@@ -144,8 +144,6 @@ class ThinkingBudget(LogitsProcessor):
         tail: the last tokens of its reasoning, behind `before` others.
         """
         closing, end = self._closing, len(tail)
-        if tail[-len(closing) :] == closing:
-            return None
         written = next(size for size in range(len(closing) - 1, -1, -1) if tail[end - size :] == closing[:size])
         start = end - written
         marks = _starts_of(tail, self._mark)
@@ -173,11 +171,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _ends_of(ids: torch.Tensor, pattern: list[int]) -> torch.Tensor:
     """Where `pattern` ends in each row, (rows, length), bool."""
-    found = torch.ones_like(ids, dtype=torch.bool)
-    for back, token in enumerate(reversed(pattern)):
-        found[:, back:] &= ids[:, : ids.shape[1] - back] == token
-    found[:, : len(pattern) - 1] = False
-    return found
+    windows = torch.nn.functional.pad(ids, (len(pattern) - 1, 0), value=-1).unfold(1, len(pattern), 1)
+    return (windows == ids.new_tensor(pattern)).all(dim=-1)
 
 
 def _starts_of(ids: list[int], pattern: list[int]) -> list[int]:
