@@ -3,173 +3,45 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from thinkfusion.conversations import Conversation, DataError
-from thinkfusion.generation import Prompter, Sampling, generate, split_pending
+from thinkfusion.budget_curve import measure_budgets
+from thinkfusion.flipping import measure_flip
+from thinkfusion.generation import Sampling
+from thinkfusion.grading import judge
+from thinkfusion.intervals import mean, mean_interval, rate, ratio_interval, wilson_interval
+from thinkfusion.leakage import REFLECTIVE_WORDS, SOFT_CAP_FACTOR, leaks, over_cap, soft_caps
+from thinkfusion.mode_verdict import Verdict, verdict
 from thinkfusion.modes import REPLY_CLASSES, Mode, Reply
-from thinkfusion.records import Overlap, prompt_overlap
-from thinkfusion.row_report import RowReport
-from thinkfusion.sources import iterate_rows
-from thinkfusion.tasks import LANGUAGES, TASKS, generate_samples, grade
+from thinkfusion.obedience import measure_obedience
+from thinkfusion.probing import measure_probe
+from thinkfusion.prompts import EvaluationPrompt, overlap_with_training, read_prompts, task_prompts
+from thinkfusion.replying import Replier, generate_replies, reply_in_both_modes
+from thinkfusion.tasks import LANGUAGES, TASKS
+from thinkfusion.transcripts import PER_KIND, Failure, failures_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Words of thinking aloud, whole words; the English ones are those of "Demystifying Hybrid Thinking"
-# (arXiv 2510.12680), the Korean ones their counterparts.
-REFLECTIVE_WORDS = re.compile(
-    r"\b(?:wait|hmm+|okay|alternatively|let me think)\b"
-    r"|(?<!\w)(?:잠깐|흠+(?!\w)|음+,|다시 생각|생각해 보자|생각해보자)",
-    re.IGNORECASE,
-)
-SOFT_CAP_FACTOR = 2.0
-"""A non-thinking answer this many times longer than the mean answer part of thinking replies counts as leakage."""
-
-
-@dataclass(frozen=True)
-class EvaluationPrompt:
-    """A prompt to reply to in both modes. Without `solution` only the format is judged, not the answer."""
-
-    messages: tuple[dict[str, Any], ...]
-    solution: str | None = None
-    task: str = "prompts"
-    language: str = "und"
-
-
-def task_prompts(
-    samples: int, *, seed: int = 0, tasks: Sequence[str] | None = None, languages: Sequence[str] = LANGUAGES
-) -> list[EvaluationPrompt]:
-    """Prompts of the embedded tasks, from the problems kept for evaluation."""
-    drawn = generate_samples(samples, seed=seed, split="evaluation", tasks=tasks, languages=languages)
-    return [
-        EvaluationPrompt(({"role": "user", "content": sample.question},), sample.solution, sample.name, sample.language)
-        for sample in drawn
-    ]
-
-
-def read_prompts(
-    path: str | Path, *, answer_separator: str | None = None, limit: int | None = None
-) -> list[EvaluationPrompt]:
-    """Read prompts of one's own: rows with `prompt` (or `question`) or `messages`, and an optional `answer`.
-
-    `task` and `language` of a row are used if given. With `answer_separator`, the answer is what stands after its
-    last occurrence. Raises DataError for a bad row, ValueError for an empty file.
-    """
-    prompts: list[EvaluationPrompt] = []
-    for line, row in iterate_rows(path):
-        if limit is not None and len(prompts) == limit:
-            break
-        try:
-            prompts.append(_prompt(row, answer_separator, Path(path).stem))
-        except DataError as error:
-            raise error.at(str(path), line) from None
-    if not prompts:
-        raise ValueError(f"{path}: there is no prompt in it.")
-    return prompts
-
-
-def _prompt(row: Any, answer_separator: str | None, task: str) -> EvaluationPrompt:
-    if isinstance(row, DataError):
-        raise row
-    if not isinstance(row, dict):
-        raise DataError("not_an_object", f"found {type(row).__name__}, expected an object with named fields.")
-    given = row.get("messages") or row.get("prompt") or row.get("question")
-    if isinstance(given, str):
-        given = [{"role": "user", "content": given}]
-    if isinstance(given, (int, float, dict)):
-        raise DataError("bad_message", f"prompt: found {given!r}, expected text or a list of messages.")
-    if not given:
-        raise DataError("no_prompt", f"found the fields {', '.join(row)}, expected prompt, question or messages.")
-    split_pending(given)
-    answer = row.get("answer")
-    if answer is not None and answer_separator is not None:
-        _, found, answer = str(answer).rpartition(answer_separator)
-        if not found:
-            raise DataError("missing_separator", f"answer: the separator {answer_separator!r} is missing.")
-    solution = None if answer is None else str(answer).strip()
-    return EvaluationPrompt(tuple(given), solution, str(row.get("task") or task), str(row.get("language") or "und"))
-
-
-def overlap_with_training(report: RowReport, prompts: Sequence[EvaluationPrompt]) -> Overlap:
-    """Which of the prompts stand in the training rows, by the `report` of preparing these."""
-    # Some answer makes a row of a prompt; a switch in its text decides of which mode. What can be no row is in none.
-    answers = ({"content": "-"}, {"content": "-", "reasoning_content": "-"})
-    asked: list[Conversation] = []
-    positions = []
-    for position, prompt in enumerate(prompts):
-        for answer in answers:
-            with suppress(DataError):
-                asked.append(Conversation.from_messages([*prompt.messages, {"role": "assistant", **answer}]))
-                positions.append(position)
-                break
-    found = prompt_overlap(report.prompt_keys, asked)
-    return found._replace(evaluation=[positions[index] for index in found.evaluation], prompts=len(prompts))
-
-
-def wilson_interval(successes: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a rate (Wilson 1927); [0, 1] when nothing was counted."""
-    if total == 0:
-        return 0.0, 1.0
-    z, rate = 1.959964, successes / total
-    middle = (rate + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
-    # At the edges rounding leaves a residue in the last digit.
-    low = 0.0 if successes == 0 else max(0.0, middle - half)
-    high = 1.0 if successes == total else min(1.0, middle + half)
-    return low, high
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean, by the normal approximation; a point when there are fewer than two values."""
-    if not values:
-        return 0.0, 0.0
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, mean
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    half = 1.959964 * deviation / math.sqrt(len(values))
-    return mean - half, mean + half
-
-
-def _rate(name: str, marks: Sequence[bool]) -> dict[str, Any]:
-    """`{name: share, name_interval: [low, high]}`; both are None when nothing was judged."""
-    if not marks:
-        return {name: None, f"{name}_interval": None}
-    return {name: sum(marks) / len(marks), f"{name}_interval": list(wilson_interval(sum(marks), len(marks)))}
-
-
-def _mean(name: str, values: Sequence[int]) -> dict[str, Any]:
-    mean = sum(values) / len(values) if values else 0.0
-    low, high = mean_interval(values)
-    return {name: mean, f"{name}_interval": [max(0.0, low), high]}
-
-
-def leaks(reply: Reply, soft_cap: float | None) -> bool:
-    """Whether reasoning leaks into an answer: a reflective word in it, or a length over the soft cap.
-
-    The cap is for non-thinking answers, twice the mean answer of thinking replies to the same task (after TNT,
-    arXiv 2601.04805); None means there is none.
-    """
-    if REFLECTIVE_WORDS.search(reply.answer):
-        return True
-    return reply.mode is Mode.NON_THINKING and soft_cap is not None and (reply.answer_tokens or 0) > soft_cap
-
-
-def soft_caps(prompts: Sequence[EvaluationPrompt], replies: Sequence[Reply]) -> dict[str, float]:
-    """The longest answer, in tokens, that is not yet leakage, by task; none without a good thinking reply."""
-    lengths: dict[str, list[int]] = defaultdict(list)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        if reply.mode is Mode.THINKING and reply.kind == "ok":
-            lengths[prompt.task].append(reply.answer_tokens or 0)
-    return {task: SOFT_CAP_FACTOR * sum(values) / len(values) for task, values in lengths.items()}
+__all__ = [
+    "REFLECTIVE_WORDS",
+    "SOFT_CAP_FACTOR",
+    "EvaluationPrompt",
+    "ModeReport",
+    "evaluate_modes",
+    "generate_replies",
+    "leaks",
+    "mean_interval",
+    "overlap_with_training",
+    "read_prompts",
+    "soft_caps",
+    "summarise",
+    "task_prompts",
+    "wilson_interval",
+]
 
 
 @dataclass(frozen=True)
@@ -177,7 +49,8 @@ class ModeReport:
     """The measured proof: per mode, rates and means with 95 % intervals.
 
     `to_dict` is what `mode_report.json` holds. `replies` keeps every reply beside its prompt, in order, so that
-    a surprising figure can be looked into.
+    a surprising figure can be looked into. `measured` has what was measured beside the modes (`obedience`, `flip`,
+    `budgets`, `probe`, `comparison`, `harness`), `aside` the failing replies of these.
     """
 
     samples: int
@@ -185,20 +58,80 @@ class ModeReport:
     settings: dict[str, Any]
     prompts: tuple[EvaluationPrompt, ...]
     replies: dict[Mode, tuple[Reply, ...]]
+    measured: dict[str, Any] = field(default_factory=dict)
+    aside: tuple[Failure, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        return verdict(self.modes, self.measured)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "settings": self.settings, "modes": self.modes}
+        return {
+            "samples": self.samples,
+            "verdict": self.verdict.to_dict(),
+            "settings": self.settings,
+            "modes": self.modes,
+            "tokens": token_histogram(self.replies),
+            **self.measured,
+        }
+
+    def failures(self, limit: int = PER_KIND) -> list[Failure]:
+        """At most `limit` failing replies of each kind."""
+        caps = _caps(self.prompts, self.replies)
+        rows = []
+        for mode, replies in self.replies.items():
+            for prompt, reply in zip(self.prompts, replies, strict=True):
+                missed = prompt.solution if _right(prompt, reply) is False else None
+                where = f"{prompt.task}, {mode.value.replace('_', '-')}"
+                rows.append((where, prompt.messages, reply, caps.get(prompt.task), missed))
+        return [*failures_of(rows, limit), *self.aside]
+
+
+BINS = 24
+
+
+def token_histogram(replies: Mapping[Mode, Sequence[Reply]]) -> dict[str, Any]:
+    """Replies by length: `width` tokens a bin, and for each mode how many replies fall in each bin from 0 on.
+
+    A bin holds lengths from `n * width` up to, but without, `(n + 1) * width`; reasoning and answer together.
+    """
+    lengths = {
+        mode: [(reply.reasoning_tokens or 0) + (reply.answer_tokens or 0) for reply in given]
+        for mode, given in replies.items()
+    }
+    longest = max((length for given in lengths.values() for length in given), default=0)
+    width = next(size for size in _sizes() if (longest + 1) <= size * BINS)
+    counts = {mode: Counter(length // width for length in given) for mode, given in lengths.items()}
+    return {
+        "width": width,
+        **{mode.value: [counted[place] for place in range(longest // width + 1)] for mode, counted in counts.items()},
+    }
+
+
+def _sizes() -> Any:
+    scale = 1
+    while True:
+        yield from (scale, 2 * scale, 5 * scale)
+        scale *= 10
 
 
 def summarise(
-    prompts: Sequence[EvaluationPrompt], replies: Mapping[Mode, Sequence[Reply]], settings: dict[str, Any]
+    prompts: Sequence[EvaluationPrompt],
+    replies: Mapping[Mode, Sequence[Reply]],
+    settings: dict[str, Any],
+    *,
+    seconds: Mapping[Mode, float] | None = None,
+    measured: dict[str, Any] | None = None,
+    aside: Sequence[Failure] = (),
 ) -> ModeReport:
     """Count replies (per mode, in the order of the prompts) into a report.
 
     `format_error` and `leakage` are shares of the replies that were not truncated; `truncated` is the share of those
-    that were; `accuracy` is the share of right answers among all prompts with a solution.
+    that were; `accuracy` is the share of right answers among all prompts with a solution. Parts of leakage are
+    `reflective_words` (a mean per finished answer), `over_soft_cap` (the share of non-thinking ones) and
+    `answer_token_ratio` (the mode's mean answer over that of the other mode, same prompts). With `seconds`, `speed`.
     """
-    caps = soft_caps([*prompts] * len(replies), [reply for given in replies.values() for reply in given])
+    caps = _caps(prompts, replies)
     modes = {}
     for mode, given in replies.items():
         pairs = list(zip(prompts, given, strict=True))
@@ -209,25 +142,60 @@ def summarise(
         counts = Counter(reply.kind for reply in given)
         modes[mode.value] = {
             "samples": len(pairs),
-            **_rate("format_error", _format_errors(pairs)),
-            **_rate("truncated", [reply.kind == "truncated" for reply in given]),
+            **rate("format_error", _format_errors(pairs)),
+            **rate("truncated", [reply.kind == "truncated" for reply in given]),
             "classes": {kind: counts[kind] for kind in REPLY_CLASSES},
-            **_rate("leakage", [leaks(reply, caps.get(prompt.task)) for prompt, reply in finished]),
-            **_rate("accuracy", _marks(pairs)),
-            **_mean("reasoning_tokens", [reply.reasoning_tokens or 0 for reply in given]),
-            **_mean("answer_tokens", [reply.answer_tokens or 0 for reply in given]),
+            **rate("leakage", [leaks(reply, caps.get(prompt.task)) for prompt, reply in finished]),
+            **mean("reflective_words", [len(REFLECTIVE_WORDS.findall(reply.answer)) for _, reply in finished]),
+            **_over_soft_cap(mode, finished, caps),
+            **_answer_token_ratio(mode, replies),
+            **rate("accuracy", _marks(pairs)),
+            **mean("reasoning_tokens", [reply.reasoning_tokens or 0 for reply in given]),
+            **mean("answer_tokens", [reply.answer_tokens or 0 for reply in given]),
+            **({"speed": _speed(given, seconds[mode])} if seconds is not None else {}),
             "tasks": {
                 name: {
                     "language": rows[0][0].language,
                     "samples": len(rows),
-                    **_rate("accuracy", _marks(rows)),
-                    **_rate("format_error", _format_errors(rows)),
+                    **rate("accuracy", _marks(rows)),
+                    **rate("format_error", _format_errors(rows)),
                 }
                 for name, rows in sorted(tasks.items(), key=lambda item: _task_order(item[0]))
             },
         }
     kept = {mode: tuple(given) for mode, given in replies.items()}
-    return ModeReport(len(prompts), modes, settings, tuple(prompts), kept)
+    return ModeReport(len(prompts), modes, settings, tuple(prompts), kept, measured or {}, tuple(aside))
+
+
+def _caps(prompts: Sequence[EvaluationPrompt], replies: Mapping[Mode, Sequence[Reply]]) -> dict[str, float]:
+    return soft_caps([*prompts] * len(replies), [reply for given in replies.values() for reply in given])
+
+
+def _over_soft_cap(
+    mode: Mode, finished: Sequence[tuple[EvaluationPrompt, Reply]], caps: dict[str, float]
+) -> dict[str, Any]:
+    if mode is Mode.THINKING:
+        return {}
+    return rate("over_soft_cap", [over_cap(reply, caps.get(prompt.task)) for prompt, reply in finished])
+
+
+def _answer_token_ratio(mode: Mode, replies: Mapping[Mode, Sequence[Reply]]) -> dict[str, Any]:
+    name = "answer_token_ratio"
+    others = [given for key, given in replies.items() if key is not mode]
+    lengths = [[float(reply.answer_tokens or 0) for reply in given] for given in (replies[mode], *others)]
+    if len(lengths) != 2 or not sum(lengths[1]):
+        return {name: None, f"{name}_interval": None}
+    ratio = sum(lengths[0]) / sum(lengths[1])
+    return {name: ratio, f"{name}_interval": list(ratio_interval(lengths[0], lengths[1]))}
+
+
+def _speed(replies: Sequence[Reply], seconds: float) -> dict[str, float | None]:
+    tokens = sum((reply.reasoning_tokens or 0) + (reply.answer_tokens or 0) for reply in replies)
+    return {
+        "seconds": seconds,
+        "replies_per_second": len(replies) / seconds if seconds else None,
+        "tokens_per_second": tokens / seconds if seconds else None,
+    }
 
 
 def _task_order(name: str) -> tuple[int, str]:
@@ -235,59 +203,17 @@ def _task_order(name: str) -> tuple[int, str]:
     return (known.index(name) if name in known else len(known), name)
 
 
+def _right(prompt: EvaluationPrompt, reply: Reply) -> bool | None:
+    return None if prompt.solution is None else judge(reply.answer, prompt.solution, prompt.grader)
+
+
 def _marks(rows: Sequence[tuple[EvaluationPrompt, Reply]]) -> list[bool]:
-    return [grade(reply.answer, prompt.solution) for prompt, reply in rows if prompt.solution is not None]
+    marks = (_right(prompt, reply) for prompt, reply in rows)
+    return [mark for mark in marks if mark is not None]
 
 
 def _format_errors(rows: Sequence[tuple[EvaluationPrompt, Reply]]) -> list[bool]:
     return [reply.format_error for _, reply in rows if reply.kind != "truncated"]
-
-
-def generate_replies(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[EvaluationPrompt],
-    sampling: Sampling,
-    *,
-    batch_size: int,
-    seed: int,
-    progress: bool = True,
-    thinking_budget: int | None = None,
-) -> dict[Mode, list[Reply]]:
-    """Reply to every prompt in both modes. The random state outside is left as it was.
-
-    `thinking_budget` closes the reasoning after so many tokens (see `ThinkingBudget`).
-
-    Prompts of similar length share a batch, since padding is computed too; the order of the result is that of
-    the prompts.
-    """
-    import torch
-    from tqdm.auto import tqdm
-
-    prompter = Prompter(tokenizer)
-    jobs = [
-        (len(ids), mode, index, ids)
-        for mode in Mode
-        for index, ids in enumerate(prompter.prompt_ids(prompt.messages, mode) for prompt in prompts)
-    ]
-    # The modes differ in the length of their replies, so a batch holds one of them only.
-    jobs.sort(key=lambda job: (list(Mode).index(job[1]), job[0], job[2]))
-    batches = []
-    for mode in Mode:
-        own = [job for job in jobs if job[1] is mode]
-        batches += [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    found: dict[Mode, dict[int, Reply]] = {mode: {} for mode in Mode}
-    with torch.random.fork_rng(), tqdm(total=len(jobs), desc="replies", disable=not progress) as bar:
-        torch.manual_seed(seed)
-        for batch in batches:
-            ids, modes = [job[3] for job in batch], [job[1] for job in batch]
-            replies = generate(
-                model, tokenizer, ids, modes, sampling, scheme=prompter.scheme, thinking_budget=thinking_budget
-            )
-            for (_, mode, index, _), reply in zip(batch, replies, strict=True):
-                found[mode][index] = reply
-            bar.update(len(batch))
-    return {mode: [found[mode][index] for index in range(len(prompts))] for mode in Mode}
 
 
 def evaluate_modes(
@@ -302,6 +228,10 @@ def evaluate_modes(
     temperature: float = 0.0,
     top_p: float = 1.0,
     progress: bool = True,
+    obedience: int = 0,
+    flip: int = 0,
+    budgets: Sequence[int] = (),
+    probe: int = 0,
 ) -> ModeReport:
     """Measure the switch: reply to the same prompts in both modes and judge format, answers, lengths and leakage.
 
@@ -309,12 +239,27 @@ def evaluate_modes(
     prompts is cut to `samples`. `max_new_tokens` bounds a reply; one that reaches it counts as `truncated`, never
     as a format error. At temperature 0 decoding is greedy; `seed` fixes the prompts and the sampling.
 
+    More is measured where it is asked for: `obedience` prompts for each of the 54 combinations of switches, `flip`
+    conversations that alternate modes, the curve over thinking `budgets`, and `probe` rows for the switch probe.
+
     Raises ValueError if there are no prompts or the tokenizer's template has no thinking switch.
     """
     chosen = list(task_prompts(samples, seed=seed) if prompts is None else prompts[:samples])
     if not chosen:
         raise ValueError("evaluate_modes: there are no prompts; give at least one, and samples of at least 1.")
-    sampling = Sampling(max_new_tokens, temperature, top_p)
-    replies = generate_replies(model, tokenizer, chosen, sampling, batch_size=batch_size, seed=seed, progress=progress)
-    settings = {**sampling._asdict(), "seed": seed, "prompts": "tasks" if prompts is None else "given"}
-    return summarise(chosen, replies, settings)
+    replier = Replier(model, tokenizer, Sampling(max_new_tokens, temperature, top_p), batch_size, seed, progress)
+    replies, seconds = reply_in_both_modes(replier, chosen)
+    measured: dict[str, Any] = {}
+    aside: list[Failure] = []
+    if obedience:
+        measured["obedience"], found = measure_obedience(replier, chosen[:obedience])
+        aside += found
+    if flip:
+        measured["flip"], found = measure_flip(replier, chosen, conversations=flip)
+        aside += found
+    if budgets:
+        measured["budgets"] = measure_budgets(replier, chosen, budgets)
+    if probe:
+        measured["probe"] = measure_probe(model, tokenizer, samples=probe, seed=seed)
+    settings = {**replier.sampling._asdict(), "seed": seed, "prompts": "tasks" if prompts is None else "given"}
+    return summarise(chosen, replies, settings, seconds=seconds, measured=measured, aside=aside)

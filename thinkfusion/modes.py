@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +151,8 @@ class Reply:
     finished: bool = True
     reasoning_tokens: int | None = None
     answer_tokens: int | None = None
+    pieces: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What was written, in its order: texts and control tokens by turns, beginning and ending with a text."""
 
     def __iter__(self) -> Iterator[str]:
         return iter((self.reasoning, self.answer))
@@ -288,6 +290,7 @@ def _find(ids: list[int], wanted: list[int]) -> int | None:
 def _read(
     texts: list[str], tags: list[str], counts: list[int] | None, *, mode: Mode, scheme: Scheme, finished: bool
 ) -> Reply:
+    written = tuple(piece for pair in zip(texts, [*tags, ""], strict=True) for piece in pair)[:-1]
     if mode is Mode.THINKING and scheme.thinking_start and tags[:1] == [THINK_OPEN] and not texts[0].strip():
         texts, tags = texts[1:], tags[1:]
         counts = counts[1:] if counts else None
@@ -321,4 +324,5 @@ def _read(
         finished=finished,
         reasoning_tokens=sum(counts[:split]) if counts is not None else None,
         answer_tokens=sum(counts[split:]) if counts is not None else None,
+        pieces=written,
     )

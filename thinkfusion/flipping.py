@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flip: conversations that alternate modes from turn to turn, every turn checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from thinkfusion.intervals import wilson_interval
+from thinkfusion.modes import Mode
+from thinkfusion.obedience import other
+from thinkfusion.prompts import EvaluationPrompt
+from thinkfusion.replying import Job, Replier
+from thinkfusion.transcripts import PER_KIND, Failure
+
+FLIP_TURNS = 6
+
+
+def measure_flip(
+    replier: Replier,
+    prompts: Sequence[EvaluationPrompt],
+    *,
+    conversations: int = 40,
+    turns: int = FLIP_TURNS,
+    limit: int = PER_KIND,
+) -> tuple[dict[str, Any], list[Failure]]:
+    """Conversations of `turns` turns that switch at every turn by the hard switch; half of them begin with thinking.
+
+    The history of a turn is what the model answered itself. Shares have their intervals: `share` is that of turns that
+    kept their mode (`right` of `total`), `whole` that of conversations in which no turn broke (`unbroken` of
+    `conversations`); `starts` has the turns of both halves by number. A reply that hit the token limit broke no turn
+    and is not counted.
+    """
+    first = [list(Mode)[index % 2] for index in range(conversations)]
+    histories: list[list[dict[str, Any]]] = [[] for _ in range(conversations)]
+    marks: list[list[bool | None]] = [[] for _ in range(conversations)]
+    failures: list[Failure] = []
+    for turn in range(turns):
+        modes = [mode if turn % 2 == 0 else other(mode) for mode in first]
+        for index, history in enumerate(histories):
+            question = prompts[(index * turns + turn) % len(prompts)].question
+            history.append({"role": "user", "content": question})
+        jobs = [
+            Job(replier.prompter.prompt_ids(history, mode), mode)
+            for history, mode in zip(histories, modes, strict=True)
+        ]
+        for index, reply in enumerate(replier.replies(jobs, label=f"flip, turn {turn + 1}")):
+            broken = reply.format_error
+            marks[index].append(None if reply.kind == "truncated" else not broken)
+            if broken and len(failures) < limit:
+                where = f"turn {turn + 1} of {turns}, {reply.mode.value.replace('_', '-')}"
+                failures.append(Failure("flip", where, tuple(histories[index]), reply))
+            histories[index].append({"role": "assistant", "content": reply.answer or "…"})
+    return _counted(first, marks), failures
+
+
+def _counted(first: Sequence[Mode], marks: Sequence[Sequence[bool | None]]) -> dict[str, Any]:
+    turns = len(marks[0])
+    starts = {
+        start.value: [
+            {
+                "mode": (start if turn % 2 == 0 else other(start)).value,
+                **_share([row[turn] for mode, row in zip(first, marks, strict=True) if mode is start]),
+            }
+            for turn in range(turns)
+        ]
+        for start in Mode
+        if start in first
+    }
+    whole = sum(False not in row for row in marks)
+    return {
+        "conversations": len(marks),
+        "turns": turns,
+        **_share([mark for row in marks for mark in row]),
+        "unbroken": whole,
+        "whole": whole / len(marks),
+        "whole_interval": list(wilson_interval(whole, len(marks))),
+        "starts": starts,
+    }
+
+
+def _share(marks: Sequence[bool | None]) -> dict[str, Any]:
+    judged = [mark for mark in marks if mark is not None]
+    right, total = sum(judged), len(judged)
+    return {
+        "right": right,
+        "total": total,
+        "truncated": len(marks) - total,
+        "share": right / total if total else None,
+        "share_interval": list(wilson_interval(right, total)) if total else None,
+    }
