@@ -26,6 +26,8 @@ demo: setup
 	@$(BIN)/thinkfusion chat runs/tiny --mode non_thinking 'What is the sum of the digits of 293443 modulo 10?'
 	@echo
 	@echo 'Talk to it: $(BIN)/thinkfusion chat runs/tiny'
+	@$(BIN)/python -c 'import json; print(json.load(open("runs/tiny/mode_report.json"))["verdict"]["headline"])'
+	@echo 'All of it, as a page: runs/tiny/report.html'
 
 # Training in 4 bits is tested too; what it needs says so at every start, and stays out of the demo.
 $(VENV)/.quantise: $(VENV)/.installed

@@ -41,9 +41,11 @@ from thinkfusion import (
     prepare,
     prepared_cache,
     read_prompts,
+    save_page,
     save_recipe,
     save_report,
 )
+from thinkfusion.evaluate_verb import verdict_lines
 from thinkfusion.launching import follow_launcher
 from thinkfusion.qlora import place
 from thinkfusion.saving import SavingError, last_checkpoint
@@ -111,6 +113,12 @@ class RecipeArguments:
     """Measure the modes by generation every so many steps; 0 for never."""
     evaluation_max_new_tokens: int = 512
     evaluation_temperature: float = 0.0
+    evaluation_obedience: int = 0
+    """Prompts for each combination of switches, system text and turn; 0 for none."""
+    evaluation_flip: int = 0
+    """Conversations that alternate modes; 0 for none."""
+    evaluation_budgets: list[int] = field(default_factory=list)
+    """Thinking budgets at which the accuracy is measured, on 200 prompts."""
     resume: bool = False
     """Go on from the last whole checkpoint in output_dir; from the beginning if there is none."""
 
@@ -267,9 +275,15 @@ def main() -> None:
         samples=recipe.evaluation_samples,
         max_new_tokens=recipe.evaluation_max_new_tokens,
         temperature=recipe.evaluation_temperature,
+        obedience=recipe.evaluation_obedience,
+        flip=recipe.evaluation_flip,
+        budgets=recipe.evaluation_budgets,
+        budget_samples=200,
+        probe=64,
     )
     save_report(proof, training.output_dir, checkpoint=training.output_dir)
-    print(mode_table(proof))
+    page = save_page(proof, training.output_dir, title=training.output_dir)
+    print(mode_table(proof), "", *verdict_lines(proof), f"The report is a page: {page}", sep="\n")
     if training.push_to_hub:
         trainer.push_to_hub()
 

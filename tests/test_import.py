@@ -29,9 +29,9 @@ ORDER = [
         "budget",
         "sampling_defaults",
         "generation",
-        "evaluation",
-        "digests",
-        "reporting",
+        *("grading", "intervals", "prompts", "replying", "leakage", "transcripts", "obedience", "flipping"),
+        *("budget_curve", "probing", "mode_verdict", "evaluation", "digests", "reporting", "comparing", "report_plots"),
+        *("report_page", "harness"),
     ),
     *(
         "checkpointing",
@@ -58,6 +58,7 @@ ORDER = [
         "inspecting",
         "displaying",
         "flags",
+        "evaluate_verb",
         "cli",
     ),
 ]

@@ -56,14 +56,20 @@ _HOME = {
     "replies": "generation",
     "reply": "generation",
     "stream_reply": "generation",
-    "EvaluationPrompt": "evaluation",
+    "EvaluationPrompt": "prompts",
     "ModeReport": "evaluation",
     "evaluate_modes": "evaluation",
-    "overlap_with_training": "evaluation",
-    "read_prompts": "evaluation",
-    "task_prompts": "evaluation",
+    "overlap_with_training": "prompts",
+    "read_prompts": "prompts",
+    "task_prompts": "prompts",
+    "judge": "grading",
+    "Verdict": "mode_verdict",
     "mode_table": "reporting",
     "save_report": "reporting",
+    "compare": "comparing",
+    "mcnemar_exact": "comparing",
+    "save_page": "report_page",
+    "run_harness": "harness",
     "export_checkpoint": "exporting",
     "make_card": "model_card",
     "save_recipe": "card_facts",
@@ -90,33 +96,32 @@ if TYPE_CHECKING:
     from thinkfusion.card_facts import save_recipe
     from thinkfusion.chat_templates import chat_template, install_chat_template
     from thinkfusion.checkpointing import load_checkpoint
+    from thinkfusion.comparing import compare, mcnemar_exact
     from thinkfusion.configuration import ThinkFusionConfig
     from thinkfusion.conversations import Conversation, Exchange
-    from thinkfusion.evaluation import (
-        EvaluationPrompt,
-        ModeReport,
-        evaluate_modes,
-        overlap_with_training,
-        read_prompts,
-        task_prompts,
-    )
+    from thinkfusion.evaluation import ModeReport, evaluate_modes
     from thinkfusion.exporting import export_checkpoint
     from thinkfusion.formats import RecordOptions
     from thinkfusion.fusing import FusionOptions, fuse_checkpoints
     from thinkfusion.generation import replies, reply, stream_reply
+    from thinkfusion.grading import judge
+    from thinkfusion.harness import run_harness
     from thinkfusion.launching import ensure_processes
     from thinkfusion.messages import Message
     from thinkfusion.mixture import MixtureOptions, TokenAccount, mix
+    from thinkfusion.mode_verdict import Verdict
     from thinkfusion.model_card import make_card
     from thinkfusion.modes import Mode, Reply, Scheme, split_reply
     from thinkfusion.moe import describe_moe
     from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator
     from thinkfusion.preparing import prepare
+    from thinkfusion.prompts import EvaluationPrompt, overlap_with_training, read_prompts, task_prompts
     from thinkfusion.publishing import plan_upload, push_checkpoint
     from thinkfusion.qlora import load_in_4bit
     from thinkfusion.reading import DataError
     from thinkfusion.records import iterate_conversations, prompt_overlap, read_conversations
     from thinkfusion.rendering import Rendered, Renderer, render
+    from thinkfusion.report_page import save_page
     from thinkfusion.reporting import mode_table, save_report
     from thinkfusion.route_counting import measure_routes
     from thinkfusion.route_verdict import routes_table

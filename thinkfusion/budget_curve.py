@@ -29,8 +29,7 @@ def measure_budgets(
     """Reply to the prompts in thinking mode at each budget.
 
     One entry for each: `budget`, `samples`, and with intervals `within` (the share of traces of at most that many
-    tokens and the one that closes them), `accuracy`, `format_error`, `reasoning_tokens`. Raises ValueError where
-    generation knows no budgets.
+    tokens and the one that closes them), `accuracy`, `format_error`, `reasoning_tokens`.
     """
     jobs = [Job(replier.prompter.prompt_ids(prompt.messages, Mode.THINKING), Mode.THINKING) for prompt in prompts]
     curve = []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkfusion.conversations import DataError
+from thinkfusion.evaluate_verb import evaluate_checkpoint, evaluate_flags
 from thinkfusion.flags import FUSION_GROUPS, add_option_flags, fuse_flags, positive, read_options
 from thinkfusion.modes import Mode, split_soft_switch
 from thinkfusion.row_report import printable
@@ -53,13 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("evaluate", help="measure both modes of a checkpoint")
     evaluate.set_defaults(run=_evaluate)
-    evaluate.add_argument("checkpoint", help="a folder, or a Hub id")
-    evaluate.add_argument("--samples", type=positive, default=1000, help="prompts per mode (default 1000)")
-    evaluate.add_argument("--output", help="folder for mode_report.json (default: the checkpoint's, if it is one)")
-    evaluate.add_argument("--prompts", help="a file of your own prompts: prompt, question or messages; answer")
-    evaluate.add_argument("--answer_separator", help="the answer is what follows this text, e.g. '####'")
-    evaluate.add_argument("--batch_size", type=positive, default=128)
-    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate_flags(evaluate)
     _generation_flags(evaluate, max_new_tokens=512)
 
     chat = verbs.add_parser("chat", help="talk to a checkpoint, switching modes as you go")
@@ -210,39 +205,19 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+def _load(options: argparse.Namespace, name: str | None = None) -> tuple[Any, Any]:
     import torch
 
     from thinkfusion.checkpointing import load_checkpoint
 
     _quiet()
-    model, tokenizer = load_checkpoint(options.checkpoint, trust_remote_code=options.trust_remote_code)
+    name = options.checkpoint if name is None else name
+    model, tokenizer = load_checkpoint(name, trust_remote_code=options.trust_remote_code)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from thinkfusion.evaluation import evaluate_modes, read_prompts
-    from thinkfusion.reporting import mode_table, save_report
-
-    prompts = None
-    if options.prompts is not None:
-        prompts = read_prompts(options.prompts, answer_separator=options.answer_separator, limit=options.samples)
-    model, tokenizer = _load(options)
-    report = evaluate_modes(
-        model,
-        tokenizer,
-        prompts,
-        samples=options.samples,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-    )
-    output = options.output or (options.checkpoint if os.path.isdir(options.checkpoint) else ".")
-    path = save_report(report, output, checkpoint=options.checkpoint if os.path.isdir(options.checkpoint) else None)
-    print(mode_table(report))
-    print(f"Written: {path}")
+    evaluate_checkpoint(options, lambda name: _load(options, name))
 
 
 def _push(options: argparse.Namespace) -> None:

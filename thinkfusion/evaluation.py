@@ -231,6 +231,7 @@ def evaluate_modes(
     obedience: int = 0,
     flip: int = 0,
     budgets: Sequence[int] = (),
+    budget_samples: int | None = None,
     probe: int = 0,
 ) -> ModeReport:
     """Measure the switch: reply to the same prompts in both modes and judge format, answers, lengths and leakage.
@@ -240,7 +241,8 @@ def evaluate_modes(
     as a format error. At temperature 0 decoding is greedy; `seed` fixes the prompts and the sampling.
 
     More is measured where it is asked for: `obedience` prompts for each of the 54 combinations of switches, `flip`
-    conversations that alternate modes, the curve over thinking `budgets`, and `probe` rows for the switch probe.
+    conversations that alternate modes, the curve over thinking `budgets` (on the first `budget_samples` prompts, or on
+    all), and `probe` rows for the switch probe.
 
     Raises ValueError if there are no prompts or the tokenizer's template has no thinking switch.
     """
@@ -258,7 +260,7 @@ def evaluate_modes(
         measured["flip"], found = measure_flip(replier, chosen, conversations=flip)
         aside += found
     if budgets:
-        measured["budgets"] = measure_budgets(replier, chosen, budgets)
+        measured["budgets"] = measure_budgets(replier, chosen[:budget_samples], budgets)
     if probe:
         measured["probe"] = measure_probe(model, tokenizer, samples=probe, seed=seed)
     settings = {**replier.sampling._asdict(), "seed": seed, "prompts": "tasks" if prompts is None else "given"}

@@ -28,8 +28,8 @@ def measure_flip(
 
     The history of a turn is what the model answered itself. Shares have their intervals: `share` is that of turns that
     kept their mode (`right` of `total`), `whole` that of conversations in which no turn broke (`unbroken` of
-    `conversations`); `starts` has the turns of both halves by number. A reply that hit the token limit broke no turn
-    and is not counted.
+    `judged`); `starts` has the turns of both halves by number. A reply that hit the token limit broke no turn
+    and is not counted, nor is a conversation of which nothing else is known.
     """
     first = [list(Mode)[index % 2] for index in range(conversations)]
     histories: list[list[dict[str, Any]]] = [[] for _ in range(conversations)]
@@ -67,14 +67,16 @@ def _counted(first: Sequence[Mode], marks: Sequence[Sequence[bool | None]]) -> d
         for start in Mode
         if start in first
     }
-    whole = sum(False not in row for row in marks)
+    judged = [row for row in marks if False in row or None not in row]
+    whole = sum(False not in row for row in judged)
     return {
         "conversations": len(marks),
         "turns": turns,
         **_share([mark for row in marks for mark in row]),
+        "judged": len(judged),
         "unbroken": whole,
-        "whole": whole / len(marks),
-        "whole_interval": list(wilson_interval(whole, len(marks))),
+        "whole": whole / len(judged) if judged else None,
+        "whole_interval": list(wilson_interval(whole, len(judged))) if judged else None,
         "starts": starts,
     }
 

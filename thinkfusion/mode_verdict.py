@@ -11,11 +11,13 @@ from thinkfusion.intervals import wilson_interval
 from thinkfusion.modes import Mode
 
 LIMIT = 0.02
+FEWEST = 3
 CUT = 0.1
 RULE = (
     f"A switch works where, with 95 % confidence, at most {LIMIT:.0%} of the replies break their mode, in each mode "
-    f"(the upper end of the Wilson interval); it does not where more than {LIMIT:.0%} break one with that confidence; "
-    "else more replies would have to tell. Replies that were cut at the token limit are not judged, and a verdict is "
+    f"(the upper end of the Wilson interval); it does not where more than {LIMIT:.0%} break one with that confidence, "
+    f"and at least {FEWEST} do; else more replies would have to tell. Replies that were cut at the token limit are not "
+    "judged; a switch is not settled where they are most of a mode, and a verdict is "
     f"qualified where they are more than {CUT:.0%} of a mode, where non-thinking answers reason aloud in more than "
     f"{CUT:.0%}, or where more than {LIMIT:.0%} of the replies disobey a switch or break in alternating conversations, "
     "if that was measured."
@@ -56,11 +58,16 @@ def verdict(modes: dict[str, dict[str, Any]], measured: dict[str, Any] | None = 
     intervals = {mode: wilson_interval(*counts[mode]) for mode in Mode}
     broken, finished = (sum(count[place] for count in counts.values()) for place in (0, 1))
     told = f"{broken:,} of {finished:,} replies broke their mode"
-    collapsed = [mode for mode in Mode if counts[mode][1] and intervals[mode][0] > LIMIT]
+    collapsed = [mode for mode in Mode if counts[mode][0] >= FEWEST and intervals[mode][0] > LIMIT]
     findings = tuple(_findings(modes, measured, counts))
     if collapsed:
         where = " and ".join(_named(mode) for mode in collapsed)
         return Verdict("bad", f"The switch does not work in {where} mode: {told}.", findings)
+    cut = [mode for mode in Mode if 2 * counts[mode][1] < modes[mode.value]["samples"]]
+    if cut:
+        where = " and ".join(_named(mode) for mode in cut)
+        headline = f"Not settled: most replies in {where} mode were cut at the token limit; {told}."
+        return Verdict("warning", headline, findings)
     if any(interval[1] > LIMIT for interval in intervals.values()):
         return Verdict("warning", f"Not settled: {told}, too few or too near the line to tell.", findings)
     doubts = list(_doubts(modes, measured))
@@ -110,5 +117,5 @@ def _findings(
         part = measured["flip"]
         yield (
             f"Alternating: {part['right']:,} of {part['total']:,} turns kept their mode; {part['unbroken']:,} of "
-            f"{part['conversations']:,} conversations did throughout."
+            f"{part['judged']:,} conversations did throughout."
         )

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from typing import TYPE_CHECKING, NamedTuple
 
 from thinkfusion.generation import Prompter, Sampling, generate
@@ -52,14 +51,11 @@ class Replier:
         """The same, and the seconds that each mode took.
 
         Prompts of similar length share a batch, since padding is computed too; the modes differ in the length of their
-        replies, so a batch holds one of them only. Raises ValueError for a budget where generation knows none.
+        replies, so a batch holds one of them only.
         """
         import torch
         from tqdm.auto import tqdm
 
-        options = {} if thinking_budget is None else {"thinking_budget": thinking_budget}
-        if options and not takes_budgets():
-            raise ValueError("thinking_budget: generation cannot bound a trace in this version. Leave the budgets out.")
         found: dict[int, Reply] = {}
         seconds = dict.fromkeys(Mode, 0.0)
         with torch.random.fork_rng(), tqdm(total=len(jobs), desc=label, disable=not self.progress) as bar:
@@ -68,7 +64,13 @@ class Replier:
                 ids, modes = [jobs[index].ids for index in batch], [jobs[index].mode for index in batch]
                 start = time.perf_counter()
                 replies = generate(
-                    self.model, self.tokenizer, ids, modes, self.sampling, scheme=self.prompter.scheme, **options
+                    self.model,
+                    self.tokenizer,
+                    ids,
+                    modes,
+                    self.sampling,
+                    scheme=self.prompter.scheme,
+                    thinking_budget=thinking_budget,
                 )
                 seconds[modes[0]] += time.perf_counter() - start
                 found |= dict(zip(batch, replies, strict=True))
@@ -84,17 +86,12 @@ class Replier:
         return batches
 
 
-def takes_budgets() -> bool:
-    """Whether generation can bound the tokens of a trace."""
-    return "thinking_budget" in signature(generate).parameters
-
-
 def reply_in_both_modes(
-    replier: Replier, prompts: Sequence[EvaluationPrompt]
+    replier: Replier, prompts: Sequence[EvaluationPrompt], *, thinking_budget: int | None = None
 ) -> tuple[dict[Mode, list[Reply]], dict[Mode, float]]:
     """Reply to every prompt in both modes, by the hard switch; also the seconds of each mode."""
     jobs = [Job(replier.prompter.prompt_ids(prompt.messages, mode), mode) for mode in Mode for prompt in prompts]
-    replies, seconds = replier.timed(jobs)
+    replies, seconds = replier.timed(jobs, thinking_budget=thinking_budget)
     count = len(prompts)
     return {mode: replies[place * count : (place + 1) * count] for place, mode in enumerate(Mode)}, seconds
 
@@ -108,6 +105,11 @@ def generate_replies(
     batch_size: int,
     seed: int,
     progress: bool = True,
+    thinking_budget: int | None = None,
 ) -> dict[Mode, list[Reply]]:
-    """Reply to every prompt in both modes, in the order of the prompts. The random state outside is left as it was."""
-    return reply_in_both_modes(Replier(model, tokenizer, sampling, batch_size, seed, progress), prompts)[0]
+    """Reply to every prompt in both modes, in the order of the prompts. The random state outside is left as it was.
+
+    `thinking_budget` closes the reasoning after so many tokens (see `ThinkingBudget`).
+    """
+    replier = Replier(model, tokenizer, sampling, batch_size, seed, progress)
+    return reply_in_both_modes(replier, prompts, thinking_budget=thinking_budget)[0]

@@ -58,6 +58,39 @@ def mode_table(report: ModeReport) -> str:
     return "\n".join(lines)
 
 
+def measured_lines(report: ModeReport) -> list[str]:
+    """What was measured beside the modes, as lines of text: budgets, probe, comparison, harness."""
+    lines = [
+        f"budget {point['budget']}: {_cell(point, 'within')} within, accuracy {_cell(point, 'accuracy')}"
+        for point in report.measured.get("budgets", ())
+    ]
+    if "probe" in report.measured:
+        probe = report.measured["probe"]
+        names = {"closes": "closing token", "trace_begins": "trace", "answer_begins": "answer"}
+        lines.append("probe: " + ", ".join(f"{text} {probe[name]:.3f}" for name, text in names.items()))
+    if "comparison" in report.measured:
+        lines += _comparison_lines(report.measured["comparison"])
+    for task, metrics in report.measured.get("harness", {}).items():
+        for metric, values in metrics.items():
+            shares = ", ".join(f"{mode.value.replace('_', '-')} {values[mode.value]:.3f}" for mode in Mode)
+            lines.append(f"lm-eval {task}, {metric}: {shares}")
+    return lines
+
+
+def _comparison_lines(comparison: dict[str, Any]) -> Iterator[str]:
+    yield f"against {comparison['against']}:"
+    yield from (f"  the settings differ: {line}" for line in comparison["settings"])
+    for mode, tables in comparison["modes"].items():
+        for name, table in tables.items():
+            if table["pairs"]:
+                low, high = (100 * end for end in table["difference_interval"])
+                yield (
+                    f"  {mode.replace('_', '-')}, {name.replace('_', ' ')}: {100 * table['difference']:+.1f} points "
+                    f"[{low:+.1f}, {high:+.1f}], p {table['p']:.2g} ({table['this_only']} only here, "
+                    f"{table['other_only']} only there, of {table['pairs']})"
+                )
+
+
 def save_report(report: ModeReport, directory: str | Path, *, checkpoint: str | Path | None = None) -> Path:
     """Write `mode_report.json`, and `replies.jsonl` with every prompt and reply; returns the report's path.
 
@@ -78,6 +111,8 @@ def save_report(report: ModeReport, directory: str | Path, *, checkpoint: str | 
                     "reasoning": reply.reasoning,
                     "answer": reply.answer,
                 }
+                if prompt.grader != "auto":
+                    row["grader"] = prompt.grader
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     path = folder / REPORT_NAME
     measured = report.to_dict()
