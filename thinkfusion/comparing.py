@@ -42,7 +42,10 @@ def mcnemar_exact(first_only: int, second_only: int) -> float:
     McNemar 1947, with the binomial distribution in place of the chi-squared one; 1 where no pair differs.
     """
     differing = first_only + second_only
-    tail = sum(math.comb(differing, few) for few in range(min(first_only, second_only) + 1))
+    ways, tail = 1, 0
+    for few in range(min(first_only, second_only) + 1):
+        tail += ways
+        ways = ways * (differing - few) // (few + 1)
     # In whole numbers up to here: neither side fits a float where thousands differ.
     return min(1.0, float(Fraction(2 * tail, 2**differing)))
 
@@ -150,14 +153,19 @@ def _judged(pairs: Iterable[tuple[bool | None, bool | None]]) -> list[tuple[bool
 
 
 def _same_prompts(this: Compared, other: Compared, mode: Mode) -> list[tuple[Answered, Answered]]:
-    mine, theirs = this.replies[mode], other.replies[mode]
-    same = sum(a.messages == b.messages for a, b in zip(mine, theirs, strict=False))
-    if len(mine) != len(theirs) or same < len(mine):
-        raise ValueError(
-            f"against: {other.name} has {len(theirs)} prompts in {mode} mode, of which {same} are the same as the "
-            f"{len(mine)} here, expected all. Measure both with the same --prompts, --samples and --seed."
-        )
-    return list(zip(mine, theirs, strict=True))
+    check_prompts(other, [each.messages for each in this.replies[mode]])
+    return list(zip(this.replies[mode], other.replies[mode], strict=True))
+
+
+def check_prompts(other: Compared, asked: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Raises ValueError unless `other` replied to these prompts, each a list of messages, in both modes."""
+    for mode, replies in other.replies.items():
+        same = sum(list(mine) == list(each.messages) for mine, each in zip(asked, replies, strict=False))
+        if len(asked) != len(replies) or same < len(asked):
+            raise ValueError(
+                f"against: {other.name} has {len(replies)} prompts in {mode} mode, of which {same} are the same as the "
+                f"{len(asked)} here, expected all. Measure both with the same --prompts, --samples and --seed."
+            )
 
 
 def _differing(this: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

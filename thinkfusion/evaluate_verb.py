@@ -55,8 +55,8 @@ def evaluate_checkpoint(options: argparse.Namespace, load: Callable[[str], tuple
     `load` gives the model and tokenizer of a name. Raises ValueError, FileNotFoundError and DataError.
     """
     from thinkfusion.budget_curve import parse_budgets
-    from thinkfusion.comparing import answered, compare, is_report, read_report
-    from thinkfusion.evaluation import evaluate_modes, read_prompts
+    from thinkfusion.comparing import answered, check_prompts, compare, is_report, read_report
+    from thinkfusion.evaluation import evaluate_modes, read_prompts, task_prompts
     from thinkfusion.harness import harness_tasks, run_harness
     from thinkfusion.report_page import save_page
     from thinkfusion.reporting import measured_lines, mode_table, save_report
@@ -86,6 +86,8 @@ def evaluate_checkpoint(options: argparse.Namespace, load: Callable[[str], tuple
     other = None
     if options.against is not None and is_report(options.against):
         other = read_report(options.against)
+        chosen = task_prompts(options.samples, seed=options.seed) if prompts is None else prompts
+        check_prompts(other, [prompt.messages for prompt in chosen])
     elif options.against is not None:
         # First, and only its replies are kept, so that there is one model in memory at a time.
         other = answered(evaluate_modes(*load(options.against), prompts, **asked), options.against)

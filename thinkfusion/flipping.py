@@ -35,6 +35,7 @@ def measure_flip(
     histories: list[list[dict[str, Any]]] = [[] for _ in range(conversations)]
     marks: list[list[bool | None]] = [[] for _ in range(conversations)]
     failures: list[Failure] = []
+    shown: set[int] = set()  # one failure of each turn
     for turn in range(turns):
         modes = [mode if turn % 2 == 0 else other(mode) for mode in first]
         for index, history in enumerate(histories):
@@ -47,7 +48,8 @@ def measure_flip(
         for index, reply in enumerate(replier.replies(jobs, label=f"flip, turn {turn + 1}")):
             broken = reply.format_error
             marks[index].append(None if reply.kind == "truncated" else not broken)
-            if broken and len(failures) < limit:
+            if broken and len(failures) < limit and turn not in shown:
+                shown.add(turn)
                 where = f"turn {turn + 1} of {turns}, {reply.mode.value.replace('_', '-')}"
                 failures.append(Failure("flip", where, tuple(histories[index]), reply))
             histories[index].append({"role": "assistant", "content": reply.answer or "…"})

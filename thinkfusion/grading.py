@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 
 from thinkfusion.tasks import _NUMBER, _as_number, grade
@@ -125,6 +126,8 @@ def check_solution(solution: str, grader: str) -> None:
         raise ValueError(wrong if wrong is MATH_DEPENDENCY else f"answer: found {solution!r}, {wrong} ({grader}).")
 
 
+@lru_cache(maxsize=1 << 16)
 def judge(answer: str, solution: str, grader: str = "auto") -> bool:
     """Whether `answer` states `solution`, by the grader of that name. Raises ValueError for an unknown one."""
+    # A report judges a reply several times: overall, by task, for the transcripts, in a comparison.
     return grader_named(grader).judge(answer, solution)

@@ -114,14 +114,14 @@ def measure_obedience(
     jobs = [_served(replier, messages, cell.hard) for cell, messages in conversations]
     replies = replier.replies(jobs, label="obedience")
     judged: dict[Cell, list[bool | None]] = {cell: [] for cell in CELLS}
-    failures: list[Failure] = []
+    failures: dict[Cell, Failure] = {}  # the first of each combination
     for (cell, messages), reply in zip(conversations, replies, strict=True):
         wanted = cell.expected(default)
         obeys = None if reply.kind == "truncated" else shown_mode(reply, scheme) is wanted
         judged[cell].append(obeys)
-        if obeys is False and len(failures) < limit:
+        if obeys is False and cell not in failures:
             note = f"expected: {wanted.value.replace('_', '-')} mode"
-            failures.append(Failure("disobeyed", describe(cell), tuple(messages), reply, note))
+            failures[cell] = Failure("disobeyed", describe(cell), tuple(messages), reply, note)
     cells = [
         {
             "hard": cell.hard,
@@ -134,7 +134,7 @@ def measure_obedience(
         for cell, marks in judged.items()
     ]
     whole = _counts([mark for marks in judged.values() for mark in marks])
-    return {"prompts": len(prompts), "default": default.value, **whole, "cells": cells}, failures
+    return {"prompts": len(prompts), "default": default.value, **whole, "cells": cells}, [*failures.values()][:limit]
 
 
 def _turns(

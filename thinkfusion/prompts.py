@@ -101,7 +101,7 @@ def _prompt(row: Any, answer_separator: str | None, task: str, grader: str) -> E
             raise DataError("missing_separator", f"answer: the separator {answer_separator!r} is missing.")
     solution = None if answer is None else str(answer).strip()
     grader = grader if row.get("grader") is None else row["grader"]
-    if grader not in GRADERS:
+    if not isinstance(grader, str) or grader not in GRADERS:
         raise DataError("unknown_grader", f"grader: found {grader!r}, expected one of {', '.join(GRADERS)}.")
     if solution is not None:
         try:

@@ -83,7 +83,8 @@ class Figures:
         if self.at(pointer) is None:
             return self.one(pointer, form)
         ends = (self.one(f"{pointer}_interval/{end}", ENDS.get(form, form)) for end in (0, 1))
-        return f"{self.one(pointer, form)} <small>{'–'.join(ends)}</small>"
+        between = " to " if form == "points" else "–"
+        return f"{self.one(pointer, form)} <small>{between.join(ends)}</small>"
 
 
 def key(name: str) -> str:

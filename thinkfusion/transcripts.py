@@ -61,7 +61,7 @@ def pieces(failure: Failure) -> list[Piece]:
     }
     if reply.kind in missing:
         written.append(Piece("missing", missing[reply.kind]))
-    elif failure.note:
+    if failure.note:
         written.append(Piece("missing", failure.note))
     return [piece for piece in written if piece.text]
 
