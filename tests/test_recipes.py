@@ -60,7 +60,8 @@ def trained(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--max_steps", "4", "--train_samples", "64", "--logging_steps", "1", "--save_strategy", "steps"]
     flags += ["--save_steps", "4", "--evaluation_samples", "8", "--evaluation_max_new_tokens", "8"]
-    flags += ["--per_device_train_batch_size", "16", "--warmup_steps", "0"]
+    flags += ["--per_device_train_batch_size", "16", "--warmup_steps", "0", "--evaluation_obedience", "1"]
+    flags += ["--evaluation_flip", "2", "--evaluation_budgets", "4"]
     done = launch("--output_dir", str(folder), "--evaluation_steps", "2", *flags)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -72,6 +73,10 @@ def test_the_default_recipe_trains_exports_and_measures(trained):
     assert re.search(r"8 prompts per mode +thinking +non-thinking", printed)
     report = json.loads((folder / "mode_report.json").read_text())
     assert report["samples"] == 8
+    assert report["verdict"]["headline"] in printed
+    assert f"The report is a page: {folder / 'report.html'}" in printed
+    assert report["verdict"]["headline"] in (folder / "report.html").read_text(encoding="utf-8")
+    assert {"obedience", "flip", "budgets", "probe"} <= set(report)  # as the default's file says
     assert set(report["modes"]) == {"thinking", "non_thinking"}
     assert report["weights"] == weights_digest(folder)
     recipe = json.loads((folder / "recipe.json").read_text())
@@ -280,6 +285,49 @@ def test_evaluate_on_prompts_of_ones_own(trained, tmp_path):
     report = json.loads((tmp_path / "mode_report.json").read_text())
     assert report["samples"] == 2
     assert list(report["modes"]["thinking"]["tasks"]) == ["own"]
+
+
+def test_evaluate_measures_what_is_asked_for_and_compares(trained, tmp_path, capsys):
+    base = ["evaluate", str(trained[0]), "--samples", "4", "--max_new_tokens", "4"]
+    more = ["--obedience", "1", "--flip", "2", "--budgets", "2,3", "--probe", "2", "--routes", "--transcripts", "1"]
+    assert main([*base, *more, "--output", str(tmp_path / "a")]) == 0
+    report = json.loads((tmp_path / "a" / "mode_report.json").read_text())
+    assert len(report["obedience"]["cells"]) == 54
+    assert [point["budget"] for point in report["budgets"]] == [2, 3]
+    assert (report["flip"]["conversations"], report["probe"]["samples"]) == (2, 2)
+    page = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+    assert 'class="routes"' in page
+    assert str(tmp_path / "a" / "report.html") in capsys.readouterr().out
+    # A checkpoint against its own report, and against itself: no pair differs.
+    for other in (tmp_path / "a" / "mode_report.json", trained[0]):
+        assert main([*base, "--against", str(other), "--output", str(tmp_path / "b")]) == 0
+        table = json.loads((tmp_path / "b" / "mode_report.json").read_text())["comparison"]["modes"]["thinking"]
+        assert (table["accuracy"]["pairs"], table["accuracy"]["difference"], table["accuracy"]["p"]) == (4, 0, 1)
+    assert "p 1 (0 only here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompts", "{folder}/empty.jsonl"], "empty.jsonl: there is no prompt in it"),
+        (["--prompts", "{folder}/mine.jsonl", "--grader", "best"], "grader: found 'best', expected one of auto, exact"),
+        (["--prompts", "{folder}/bad.jsonl"], "bad.jsonl, row 1: grader: found 'best', expected one of auto, exact"),
+        (["--grader", "exact"], "grader: only with --prompts"),
+        (["--budgets", "8,x"], "budgets: found '8,x', expected numbers of tokens"),
+        (["--against", "{folder}"], "there is no such checkpoint"),
+        (["--against", "{folder}/none.json"], "none.json: there is no such file"),
+    ],
+)
+def test_evaluate_refuses_before_anything_is_written(trained, tmp_path, capsys, flags, message):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": 4}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "2 + 2?", "answer": 4, "grader": "best"}\n')
+    filled = [flag.format(folder=tmp_path) for flag in flags]
+    assert main(["evaluate", str(trained[0]), "--samples", "2", "--output", str(tmp_path / "out"), *filled]) == 1
+    told = capsys.readouterr().err.strip().splitlines()
+    assert message in told[-1] or message == "there is no such checkpoint"
+    assert told[-1].startswith("thinkfusion evaluate: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_chat_once_and_as_a_conversation(trained, capsys, monkeypatch):

@@ -188,8 +188,8 @@ def judged(first, measured=None):
 
 def test_the_edges_of_the_rule():
     assert judged({"ok": 1000}).headline == "The switch works: 0 of 2,000 replies broke their mode."
-    assert judged({"ok": 988, "extra_tag": 12}).level == "good"  # up to 2.09 % at 12, so one fewer
-    assert judged({"ok": 985, "extra_tag": 15}).level == "warning"
+    assert judged({"ok": 989, "extra_tag": 11}).level == "good"  # up to 1.96 %
+    assert judged({"ok": 988, "extra_tag": 12}).level == "warning"  # up to 2.09 %
     assert judged({"ok": 960, "extra_tag": 40}).level == "bad"
     assert judged({"extra_tag": 2}).level == "warning"  # two are too few to condemn a switch
     assert "cut at the token limit" in judged({"ok": 880, "truncated": 120}).headline
