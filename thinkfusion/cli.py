@@ -15,7 +15,7 @@ from typing import Any
 
 from thinkfusion.conversations import DataError
 from thinkfusion.evaluate_verb import evaluate_checkpoint, evaluate_flags
-from thinkfusion.flags import FUSION_GROUPS, add_option_flags, fuse_flags, positive, read_options
+from thinkfusion.flags import FUSION_GROUPS, add_option_flags, fuse_flags, plan_flags, positive, read_options
 from thinkfusion.modes import Mode, split_soft_switch
 from thinkfusion.row_report import printable
 from thinkfusion.sequences import ON_LONG_ROW, Plan
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = verbs.add_parser("plan", help="see what training takes of a GPU's memory, before loading anything")
     plan.set_defaults(run=_plan_memory)
-    _plan_flags(plan)
+    plan_flags(plan)
 
     fuse = verbs.add_parser("fuse", help="merge a thinking and a non-thinking checkpoint of one base")
     fuse.set_defaults(run=_fuse)
@@ -104,26 +104,6 @@ def _push_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--message", default="Upload a model with two modes, by thinkfusion", help="of the commit")
     parser.add_argument("--dry-run", action="store_true", help="show the files and the card, and upload nothing")
-
-
-def _plan_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL_OR_CONFIG", help="a folder, a config.json, or a Hub id")
-    parser.add_argument("--method", choices=("full", "lora"), default="full", help="what trains (default full)")
-    parser.add_argument("--gpus", type=positive, default=8, help="devices (default 8)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")
-    parser.add_argument("--sequence-length", type=positive, default=4096, help="tokens of a row (default 4096)")
-    parser.add_argument("--layout", choices=("tree", "packed", "padded"), default="tree")
-    parser.add_argument("--batch-size", type=positive, default=1, help="rows of a device at a time (default 1)")
-    parser.add_argument("--lora-r", type=positive, default=16)
-    parser.add_argument("--no-bf16", action="store_true", help="compute in float32")
-    parser.add_argument("--no-gradient-checkpointing", action="store_true")
-    parser.add_argument(
-        "--strategy", choices=("ddp", "fsdp2", "deepspeed_zero3"), help="default: the simplest that fits"
-    )
-    parser.add_argument("--write-accelerate-config", metavar="FILE", help="write the file for accelerate launch")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
-    parser.add_argument("--revision", help="of a Hub id: a branch, tag or commit")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:

@@ -123,3 +123,23 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def plan_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_CONFIG", help="a folder, a config.json, or a Hub id")
+    parser.add_argument("--method", choices=("full", "lora"), default="full", help="what trains (default full)")
+    parser.add_argument("--gpus", type=positive, default=8, help="devices (default 8)")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")
+    parser.add_argument("--sequence-length", type=positive, default=4096, help="tokens of a row (default 4096)")
+    parser.add_argument("--layout", choices=("tree", "packed", "padded"), default="tree")
+    parser.add_argument("--batch-size", type=positive, default=1, help="rows of a device at a time (default 1)")
+    parser.add_argument("--lora-r", type=positive, default=16)
+    parser.add_argument("--no-bf16", action="store_true", help="compute in float32")
+    parser.add_argument("--no-gradient-checkpointing", action="store_true")
+    parser.add_argument(
+        "--strategy", choices=("ddp", "fsdp2", "deepspeed_zero3"), help="default: the simplest that fits"
+    )
+    parser.add_argument("--write-accelerate-config", metavar="FILE", help="write the file for accelerate launch")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+    parser.add_argument("--revision", help="of a Hub id: a branch, tag or commit")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
