@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README shows is run: its Python as it stands (with fewer rows), its files and flags looked up."""
+"""What the README and the guides show is run: its Python as it stands (with fewer rows), its files and flags looked up."""
 
 import re
 from pathlib import Path
@@ -15,8 +15,11 @@ from thinkfusion.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = {
+    name: (ROOT / "examples" / f"{name}.md").read_text(encoding="utf-8") for name in ("data", "training", "families")
+}
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", "\n".join([README, *GUIDES.values()]), re.DOTALL))
 
 
 def test_the_quick_start_and_the_switch_in_transformers(tmp_path, monkeypatch, capsys):
@@ -40,9 +43,9 @@ def test_the_quick_start_and_the_switch_in_transformers(tmp_path, monkeypatch, c
 def test_inspect_prints_what_is_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    (rows,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    (rows,) = re.findall(r"```json\n(.*?)```", GUIDES["data"], re.DOTALL)
     command, shown = re.search(
-        r"```bash\nthinkfusion (inspect rows.*?)\n```\n\n```\n(.*?)```", README, re.DOTALL
+        r"```bash\nthinkfusion (inspect rows.*?)\n```\n\n```\n(.*?)```", GUIDES["data"], re.DOTALL
     ).groups()
     Path("rows.jsonl").write_text(rows, encoding="utf-8")
     assert main(command.split()) == 0
@@ -52,7 +55,7 @@ def test_inspect_prints_what_is_shown(tmp_path, monkeypatch, capsys):
 
 def test_every_family_is_in_the_table():
     for dialect in DIALECTS.values():
-        (line,) = re.findall(rf"^\| `{dialect.name}` \|.*", README, re.MULTILINE)
+        (line,) = re.findall(rf"^\| `{dialect.name}` \|.*", GUIDES["families"], re.MULTILINE)
         schemes = line.split(" | ")[3]
         assert schemes == ("both" if len(dialect.schemes) == 2 else f"`{dialect.schemes[0].name}`")
         for stop in dialect.stops:
@@ -62,7 +65,8 @@ def test_every_family_is_in_the_table():
 def test_flags_are_those_of_the_recipe():
     parser = HfArgumentParser((RecipeArguments, ThinkFusionConfig))
     known = {option for action in parser._actions for option in action.option_strings}
-    own_data = README[README.index("## Your own data") : README.index("## Measure any checkpoint")]
+    own_data = README[README.index("## Your own data") : README.index("## Which training")]
+    own_data += GUIDES["data"] + GUIDES["training"]
     verbs = _parser()._subparsers._group_actions[0].choices
     commands = {flag for verb in ("inspect", "plan", "routes", "fuse") for flag in verbs[verb]._option_string_actions}
     launched = {"--num_processes", "--config", "--gsm8k", "--temperature", "--kills"}
@@ -70,7 +74,7 @@ def test_flags_are_those_of_the_recipe():
 
 
 def test_formats_and_modules_are_named():
-    assert all(f"\n| `{name}` | " in README for name in FORMATS)
+    assert all(f"\n| `{name}` | " in GUIDES["data"] for name in FORMATS)
     listed = README[README.index("## Where things are") :]
     assert set(re.findall(r"`(\w+)`", listed)) == {path.stem for path in (ROOT / "thinkfusion").glob("[!_]*.py")}
 
@@ -78,6 +82,16 @@ def test_formats_and_modules_are_named():
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:recipes|examples|thinkfusion)/[\w./-]+\.\w+", README))))
 def test_named_files_are_there(path):
     assert (ROOT / path).is_file()
+
+
+def test_guides_are_linked_and_their_links_are_there():
+    assert len(README.splitlines()) <= 250
+    for guide in sorted((ROOT / "examples").glob("*.md")):
+        text = guide.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (guide.parent / link).exists(), f"{guide.name}: {link}"
+        if guide.stem != "fusion_trees":
+            assert f"(examples/{guide.name})" in README, guide.name
 
 
 def test_commands_are_understood():
