@@ -88,6 +88,10 @@ def test_hard_and_soft_ends():
     assert soft.index(close) == 7
     (narrow,) = run(ThinkingBudget(tokenizer, 10, margin=2), [prompt], [script], 12)
     assert narrow.index(close) == 10
+    (usual,) = run(ThinkingBudget(tokenizer, 9), [prompt], [script], 12)  # a fifth of 9 is 1, and 7 are not 8
+    assert usual.index(close) == 9
+    (usual,) = run(ThinkingBudget(tokenizer, 8), [prompt], [script], 12)
+    assert usual.index(close) == 7
     (none,) = run(ThinkingBudget(tokenizer, 0), [prompt], [script], 3)
     assert none == [close, *script[1:3]]
 

@@ -414,7 +414,9 @@ def test_the_command_fuses_and_sweeps(tmp_path, capsys):
     assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("best") == 2
     report = sweep_ratios(one, two, [0.5], samples=4, max_new_tokens=8, progress=False).reports[0.5]
-    assert report.modes == found["points"][1]["modes"]
+    for mode, figures in found["points"][1]["modes"].items():
+        for name in ("classes", "format_error", "accuracy", "reasoning_tokens", "tasks"):
+            assert report.modes[mode][name] == figures[name], name
 
 
 def test_the_command_fuses_adapters(adapters, tmp_path, capsys):

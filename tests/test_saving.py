@@ -528,11 +528,14 @@ PROGRAM = Path(__file__).parent / "soak" / "kill_resume.py"
 
 
 def test_killed_runs_go_on_exactly_and_two_processes_too(tmp_path):
-    """The soak in short: two kills of one process and of two, at moments drawn from a seed."""
-    for processes in (1, 2):
+    """The soak in short: one kill in training and one in a save, a kill of two processes in a later epoch."""
+    for processes, kills, steps, seed in ((1, 2, 9, 5), (2, 1, 12, 4)):
         found = tmp_path / f"{processes}.json"
         ran = subprocess.run(
-            [sys.executable, PROGRAM, "--kills", "2", "--seed", "5", "--processes", str(processes), "--json", found],
+            [
+                *(sys.executable, PROGRAM, "--kills", str(kills), "--seed", str(seed), "--steps", str(steps)),
+                *("--processes", str(processes), "--json", found),
+            ],
             capture_output=True,
             text=True,
             timeout=240,
@@ -541,5 +544,5 @@ def test_killed_runs_go_on_exactly_and_two_processes_too(tmp_path):
         )
         assert ran.returncode == 0, ran.stderr[-3000:]
         report = json.loads(found.read_text())
-        assert len(report["kills"]) == 2
+        assert len(report["kills"]) == kills
         assert report["largest_difference"] <= (0.0 if processes == 1 else 1e-6)

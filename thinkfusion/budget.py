@@ -91,9 +91,8 @@ class ThinkingBudget(LogitsProcessor):
         opening = THINK_OPEN if THINK_OPEN in chosen.tags else "".join(chosen.thinking_prefix)
         self._opening = _ids(tokenizer, opening)
         self._closing = _ids(tokenizer, "".join(chosen.thinking_end).rstrip())
-        token = _ids(tokenizer, chosen.closing_token)
-        # A base without control tokens spells the tag, and only the whole of it closes anything.
-        self._mark = token if len(token) == 1 else _ids(tokenizer, chosen.closing)
+        # Reasoning is closed by the first tag of the closing, one token or spelled out; the rest may be more than that.
+        self._mark = _ids(tokenizer, chosen.closing_token)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids: (rows, length); scores: (rows, vocabulary), returned with all but a forced token at -inf."""
@@ -122,8 +121,7 @@ class ThinkingBudget(LogitsProcessor):
         return changed
 
     def _margin(self, budget: int) -> int:
-        margin = min(budget // 5, LARGEST_MARGIN) if self.margin is None else self.margin
-        return min(margin, budget)
+        return min(budget // 5, LARGEST_MARGIN) if self.margin is None else self.margin
 
     def _reasoning_starts(self, ids: torch.Tensor) -> list[int | None]:
         """Where the open reasoning of each row begins, behind the first opening that follows the last closing.

@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-STEPS, SAVE_STEPS = 30, 3
+SAVE_STEPS = 3
 PATIENCE = 90.0
 TOLERANCE = {1: 0.0, 2: 1e-6}
 
@@ -39,7 +39,7 @@ TOLERANCE = {1: 0.0, 2: 1e-6}
 # What is killed -------------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, lora: bool) -> None:
+def train(folder: Path, steps: int, lora: bool) -> None:
     """Train to the end from the last whole checkpoint, and tell each step and save on standard output."""
     from transformers import TrainerCallback
 
@@ -74,7 +74,7 @@ def train(folder: Path, lora: bool) -> None:
     install_chat_template(tokenizer, model)
     settings = ThinkFusionConfig(
         output_dir=str(folder),
-        max_steps=STEPS,
+        max_steps=steps,
         save_strategy="steps",
         save_steps=SAVE_STEPS,
         save_total_limit=2,
@@ -117,13 +117,21 @@ def train(folder: Path, lora: bool) -> None:
 class Run:
     """The processes of one start, and what the first of them tells."""
 
-    def __init__(self, folder: Path, processes: int, lora: bool) -> None:
+    def __init__(self, folder: Path, processes: int, steps: int, lora: bool) -> None:
         self.events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the processes
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, __file__, "--train", str(folder), *(["--lora"] if lora else [])]
+        command = [
+            sys.executable,
+            __file__,
+            "--train",
+            str(folder),
+            "--steps",
+            str(steps),
+            *(["--lora"] if lora else []),
+        ]
         self.processes = []
         for rank in range(processes):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
@@ -189,9 +197,9 @@ class Run:
             raise RuntimeError(f"exit codes {codes}:\n{self.printed()}")
 
 
-def save_time(folder: Path, processes: int, lora: bool) -> float:
+def save_time(folder: Path, processes: int, steps: int, lora: bool) -> float:
     """Make the run never killed; the mean of the seconds that its saves took."""
-    run, times = Run(folder, processes, lora), []
+    run, times = Run(folder, processes, steps, lora), []
     while (begun := run.wait_for("save")) is not None:
         done = run.wait_for("saved")
         if done is not None:
@@ -219,13 +227,13 @@ def kill_once(run: Run, moment: str, seconds: float, draw: random.Random) -> dic
     return {"moment": moment, "began_at_step": first["step"], "killed_at_step": event["step"]}
 
 
-def compare(folder: Path, reference: Path) -> dict[str, float]:
+def compare(folder: Path, reference: Path, steps: int) -> dict[str, float]:
     """By file of tensors of the last checkpoint, the largest difference; infinite where something is missing."""
     import torch
     from safetensors.torch import load_file
 
     found = {}
-    ours, theirs = (place / f"checkpoint-{STEPS}" for place in (folder, reference))
+    ours, theirs = (place / f"checkpoint-{steps}" for place in (folder, reference))
     for path in sorted(theirs.glob("*.safetensors")):
         if not (ours / path.name).is_file():
             found[path.name] = float("inf")
@@ -237,13 +245,13 @@ def compare(folder: Path, reference: Path) -> dict[str, float]:
     return found
 
 
-def soak(kills: int, seed: int, processes: int, lora: bool, work: Path) -> dict[str, Any]:
+def soak(kills: int, seed: int, processes: int, steps: int, lora: bool, work: Path) -> dict[str, Any]:
     """Kill and go on, until all kills are spent and the run is at its end."""
     from thinkfusion.saving import last_checkpoint
 
     draw = random.Random(seed)
-    seconds = save_time(work / "reference", processes, lora)
-    print(f"A run of {STEPS} steps, never killed, is there; its saves took {seconds:.2f} s each.")
+    seconds = save_time(work / "reference", processes, steps, lora)
+    print(f"A run of {steps} steps, never killed, is there; its saves took {seconds:.2f} s each.")
     done: list[dict[str, Any]] = []
     ends: list[dict[str, float]] = []
     failures: list[str] = []
@@ -251,7 +259,7 @@ def soak(kills: int, seed: int, processes: int, lora: bool, work: Path) -> dict[
     while not ends or len(done) < kills:
         last = last_checkpoint(folder)
         expected = int(Path(last).name.removeprefix("checkpoint-")) + 1 if last else 1
-        run = Run(folder, processes, lora)
+        run = Run(folder, processes, steps, lora)
         killed = kill_once(run, moments[len(done) % 2], seconds, draw) if len(done) < kills else None
         if killed is not None:
             left = [path.name for path in folder.glob("unfinished-*")] if folder.is_dir() else []
@@ -264,7 +272,7 @@ def soak(kills: int, seed: int, processes: int, lora: bool, work: Path) -> dict[
             while run.wait_for("saved") is not None:
                 pass
         run.end()
-        ends.append(compare(folder, work / "reference"))
+        ends.append(compare(folder, work / "reference", steps))
         print(f"at its end; largest differences: {json.dumps(ends[-1])}", flush=True)
         shutil.rmtree(folder)
     weights = [value for end in ends for name, value in end.items() if "model" in name]
@@ -277,7 +285,7 @@ def soak(kills: int, seed: int, processes: int, lora: bool, work: Path) -> dict[
         "seed": seed,
         "processes": processes,
         "lora": lora,
-        "steps": STEPS,
+        "steps": steps,
         "seconds_per_save": seconds,
         "kills": done,
         "killed_in_save": sum(f"unfinished-{kill['killed_at_step']}" in kill["left_unfinished"] for kill in done),
@@ -292,15 +300,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="how often a process is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--processes", type=int, default=1, help="processes of a run")
+    parser.add_argument("--steps", type=int, default=30, help="of a run; a checkpoint comes at every third")
     parser.add_argument("--lora", action="store_true", help="train an adapter, and not all weights")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
-        train(arguments.train, arguments.lora)
+        train(arguments.train, arguments.steps, arguments.lora)
         return
     with tempfile.TemporaryDirectory() as work:
-        found = soak(arguments.kills, arguments.seed, arguments.processes, arguments.lora, Path(work))
+        found = soak(arguments.kills, arguments.seed, arguments.processes, arguments.steps, arguments.lora, Path(work))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
     print(
