@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README and the guides show is run: their Python as it stands (with fewer rows), files and flags looked up."""
+"""What the README and the guides show is run: Python as it stands (with fewer rows), files and flags looked up."""
 
 import re
 from pathlib import Path
