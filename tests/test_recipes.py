@@ -22,6 +22,7 @@ from datasets import Dataset
 from thinkfusion import (
     Conversation,
     ThinkFusionConfig,
+    export_checkpoint,
     generate_samples,
     install_chat_template,
     load_checkpoint,
@@ -436,3 +437,27 @@ def test_the_ablation_tells_tasks_of_a_mode_from_those_of_the_other():
     assert (other["accuracy_seen"], other["accuracy_unseen"]) == (0.25, 0.875)
     assert thinking["tokens"] == 5.0
     assert ablation["spread"]([0.0, 0.5], "accuracy") == "25.0 % (0.0-50.0)"
+
+
+def test_two_checkpoints_are_fused_and_both_modes_trained_from_there(tmp_path):
+    for name, seed in (("thinking", 1), ("non_thinking", 2)):
+        model, tokenizer = load_checkpoint("tiny-base")
+        install_chat_template(tokenizer, model)
+        torch.manual_seed(seed)
+        for weight in model.parameters():
+            weight.data += 0.01 * torch.randn_like(weight)
+        export_checkpoint(model, tokenizer, tmp_path / name)
+    inputs = [str(tmp_path / name) for name in ("thinking", "non_thinking")]
+    command = [sys.executable, str(ROOT / "recipes" / "fuse.py"), *inputs, "--output", str(tmp_path / "fused")]
+
+    def run(*flags):
+        return subprocess.run([*command, *flags], capture_output=True, text=True, env=ONE_THREAD, check=False)
+
+    training = ["--output_dir", str(tmp_path / "both"), "--max_steps", "1", "--train_samples", "16"]
+    done = run("--ratio", "0.7", "--", *training, "--evaluation_samples", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "tensors with 0.7 of the thinking model" in done.stdout
+    assert (tmp_path / "both" / "model.safetensors").is_file()
+    wrong = run("--ratio", "7", "--", *training)
+    assert wrong.returncode == 1
+    assert "ratio: found 7" in wrong.stderr
