@@ -31,10 +31,11 @@ ORDER = [
         "generation",
         *("grading", "intervals", "prompts", "replying", "leakage", "transcripts", "obedience", "flipping"),
         *("budget_curve", "probing", "mode_verdict", "evaluation", "digests", "reporting", "comparing", "report_plots"),
-        *("report_page", "harness"),
+        *("report_page", "harness", "preferences", "appending"),
     ),
     *(
         "checkpointing",
+        "self_distillation",
         "exporting",
         "weight_files",
         "fusing",
@@ -59,6 +60,7 @@ ORDER = [
         "displaying",
         "flags",
         "evaluate_verb",
+        "pairs_verb",
         "cli",
     ),
 ]

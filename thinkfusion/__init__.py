@@ -70,6 +70,11 @@ _HOME = {
     "mcnemar_exact": "comparing",
     "save_page": "report_page",
     "run_harness": "harness",
+    "PreferenceIds": "preferences",
+    "read_preferences": "preferences",
+    "PairAccount": "self_distillation",
+    "PairOptions": "self_distillation",
+    "generate_pairs": "self_distillation",
     "export_checkpoint": "exporting",
     "make_card": "model_card",
     "save_recipe": "card_facts",
@@ -114,6 +119,7 @@ if TYPE_CHECKING:
     from thinkfusion.modes import Mode, Reply, Scheme, split_reply
     from thinkfusion.moe import describe_moe
     from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator
+    from thinkfusion.preferences import PreferenceIds, read_preferences
     from thinkfusion.preparing import prepare
     from thinkfusion.prompts import EvaluationPrompt, overlap_with_training, read_prompts, task_prompts
     from thinkfusion.publishing import plan_upload, push_checkpoint
@@ -127,6 +133,7 @@ if TYPE_CHECKING:
     from thinkfusion.route_verdict import routes_table
     from thinkfusion.row_report import RowReport
     from thinkfusion.sampling_defaults import generation_defaults, set_generation_defaults
+    from thinkfusion.self_distillation import PairAccount, PairOptions, generate_pairs
     from thinkfusion.shortening import ReasoningOptions
     from thinkfusion.sources import Source
     from thinkfusion.storing import prepared_cache

@@ -17,6 +17,7 @@ from thinkfusion.conversations import DataError
 from thinkfusion.evaluate_verb import evaluate_checkpoint, evaluate_flags
 from thinkfusion.flags import FUSION_GROUPS, add_option_flags, fuse_flags, plan_flags, positive, read_options
 from thinkfusion.modes import Mode, split_soft_switch
+from thinkfusion.pairs_verb import pairs_flags, write_pairs
 from thinkfusion.row_report import printable
 from thinkfusion.sequences import ON_LONG_ROW, Plan
 from thinkfusion.sources import Source
@@ -67,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     _generation_flags(chat, max_new_tokens=1024)
     # What is not given is the checkpoint's default for the mode.
     chat.set_defaults(temperature=None, top_p=None)
+
+    pairs = verbs.add_parser("generate-pairs", help="paired data from prompts: the model's own right replies")
+    pairs.set_defaults(run=lambda options: write_pairs(options, lambda name: _load(options, name)))
+    pairs_flags(pairs)
 
     push = verbs.add_parser("push", help="upload a checkpoint to the Hub, with a model card of what was measured")
     push.set_defaults(run=_push)

@@ -87,13 +87,13 @@ def split_pending(
     shown = [*messages, {"role": "assistant", "content": "…"}]
     # What a model once wrote is history, whatever strings it holds; they are encoded as text.
     options = MessageOptions(plain_control_tokens=True)
-    conversation = Conversation.from_messages([_as_read(message) for message in shown], tools=tools, options=options)
+    conversation = Conversation.from_messages([as_read(message) for message in shown], tools=tools, options=options)
     last = conversation.exchanges[-1]
     history = Conversation(conversation.exchanges[:-1], conversation.system, conversation.tools)
     return history, [last.user, *last.steps[:-1]]
 
 
-def _as_read(message: Mapping[str, Any]) -> Mapping[str, Any]:
+def as_read(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """A message as the model reads it: text parts joined, the soft switch taken out."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):

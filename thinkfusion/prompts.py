@@ -43,10 +43,15 @@ class EvaluationPrompt:
 
 
 def task_prompts(
-    samples: int, *, seed: int = 0, tasks: Sequence[str] | None = None, languages: Sequence[str] = LANGUAGES
+    samples: int,
+    *,
+    seed: int = 0,
+    tasks: Sequence[str] | None = None,
+    languages: Sequence[str] = LANGUAGES,
+    split: str = "evaluation",
 ) -> list[EvaluationPrompt]:
-    """Prompts of the embedded tasks, from the problems kept for evaluation."""
-    drawn = generate_samples(samples, seed=seed, split="evaluation", tasks=tasks, languages=languages)
+    """Prompts of the embedded tasks, from the problems kept for evaluation, or from those for training (`train`)."""
+    drawn = generate_samples(samples, seed=seed, split=split, tasks=tasks, languages=languages)
     return [
         EvaluationPrompt(({"role": "user", "content": sample.question},), sample.solution, sample.name, sample.language)
         for sample in drawn
