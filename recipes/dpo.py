@@ -16,6 +16,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, TrlParser
 

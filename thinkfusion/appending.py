@@ -63,7 +63,7 @@ class AppendedRows:
 
     def _open(self, file: Path, index: int) -> Any:
         """The file, its whole part checked and the rest cut off."""
-        whole = self.account["files"][index] if self.account else {"bytes": 0, "sha256": None}
+        whole: dict[str, Any] = self.account["files"][index] if self.account else {"bytes": 0, "sha256": None}
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = file.open("r+b" if file.exists() else "w+b")
         _lock(handle, file)

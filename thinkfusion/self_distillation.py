@@ -72,7 +72,7 @@ class PairOptions:
         for name in ("attempts", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 1.")
-        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         SamplingDefaults(**{name: value for name, value in given.items() if value is not None})
 
     def sampling(self, model: PreTrainedModel) -> dict[Mode, Sampling]:
