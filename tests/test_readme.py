@@ -102,6 +102,11 @@ def test_commands_are_understood():
     published = (ROOT / "examples" / "publishing.md").read_text(encoding="utf-8")
     for line in re.findall(r"^thinkfusion ([^#\n]*)", published, re.MULTILINE):
         _parser().parse_args(line.split())
+    pairs = (ROOT / "examples" / "pairs.md").read_text(encoding="utf-8")
+    made = re.findall(r"^thinkfusion (generate-pairs [^#]*?[^\\])$", pairs, re.MULTILINE)
+    assert len(made) >= 2
+    for line in made:
+        _parser().parse_args(line.replace("\\\n", " ").split())
     targets = set(re.findall(r"make (\w+)", SHELL))
     makefile = (ROOT / "Makefile").read_text()
     assert targets == {"demo", "test"}

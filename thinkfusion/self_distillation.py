@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from thinkfusion.appending import AppendedRows, account_path
 from thinkfusion.digests import weights_digest
 from thinkfusion.formats import RecordOptions, parse_row
-from thinkfusion.generation import Sampling, as_read, generate
+from thinkfusion.generation import Prompter, Sampling, as_read, generate
 from thinkfusion.grading import judge
 from thinkfusion.modes import REPLY_CLASSES, Mode, Reply
 from thinkfusion.preferences import PreferenceWriter
 from thinkfusion.prompts import EvaluationPrompt
 from thinkfusion.reading import DataError
-from thinkfusion.replying import Replier
 from thinkfusion.sampling_defaults import PRESETS, SamplingDefaults, generation_defaults
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ class PairMaker:
     ) -> None:
         self.model, self.tokenizer, self.prompts, self.options = model, tokenizer, prompts, options
         self.sampling = options.sampling(model)
-        self._prompter = Replier(model, tokenizer, self.sampling[Mode.THINKING]).prompter
+        self._prompter = Prompter(tokenizer)
         self._writer = PreferenceWriter(tokenizer, construct=options.construct) if preferences else None
 
     @property
