@@ -191,7 +191,7 @@ def test_a_killed_run_ends_in_the_file_of_one_never_stopped(taught, tmp_path, wr
     assert 6 <= json.loads(place.read_text())["account"]["done"] < 40
     with killed.open("ab") as file:  # what a kill in the middle of a line leaves
         file.write(b'{"prompt": [{"role": "us')
-    assert main(["generate-pairs", *flags, *files(killed)]) == 0
+    assert main(["generate-pairs", *flags, *files(killed), "--processes", "2"]) == 0
     assert killed.read_bytes() == whole.read_bytes()
     assert killed.with_suffix(".dpo.jsonl").read_bytes() == whole.with_suffix(".dpo.jsonl").read_bytes()
     assert len({row["number"] for row in rows_of(whole)}) == len(rows_of(whole)) > 5

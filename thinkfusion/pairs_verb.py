@@ -31,6 +31,7 @@ def pairs_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preferences", metavar="FILE", help="write preference rows too, for recipes/dpo.py")
     parser.add_argument("--construct", action="store_true", help="make a preference's reply where none was sampled")
     parser.add_argument("--batch_size", type=positive, default=64, help="replies at a time (default 64)")
+    parser.add_argument("--processes", type=positive, default=1, help="batches made at a time, on a CPU (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_new_tokens", type=positive, default=512)
     parser.add_argument("--temperature", type=float, help="of both modes (default: the checkpoint's, else Qwen3's)")
@@ -70,6 +71,7 @@ def write_pairs(options: argparse.Namespace, load: Callable[[str], tuple[Any, An
         chosen,
         checkpoint=options.checkpoint,
         preferences=options.preferences,
+        processes=options.processes,
         progress=sys.stderr.isatty(),
     )
     print(account)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -324,19 +324,23 @@ def generate_pairs(
     *,
     checkpoint: str | None = None,
     preferences: str | Path | None = None,
+    processes: int = 1,
     progress: bool = True,
 ) -> PairAccount:
     """Write paired rows for `prompts` to `output`, which training reads as they are, and count what became of each.
 
     checkpoint: the folder or name that the model was loaded from. A run is gone on with from the last whole batch, and
     only with the same weights, prompts and options. preferences: a file for preference rows of the same replies.
-    The account is written beside the output, as `account_path` names it.
+    processes: on a CPU, how many batches are made at a time, each by a process with one thread; they share the weights,
+    and the rows are the same. The account is written beside the output, as `account_path` names it.
 
     Raises ValueError if there are no prompts, or `output` is of another run, was changed, or is being written.
     """
     options = options or PairOptions()
     if not prompts:
         raise ValueError("generate_pairs: there are no prompts; give at least one.")
+    if processes > 1 and model.device.type != "cpu":
+        raise ValueError(f"processes: found {processes} on {model.device}, where one does all. Raise --batch_size.")
     if preferences is not None and Path(preferences).resolve() == Path(output).resolve():
         raise ValueError(f"preferences: {preferences} is the output too. Give another name.")
     from tqdm.auto import tqdm
@@ -359,19 +363,48 @@ def generate_pairs(
         account = PairAccount(**saved)
     try:
         with tqdm(total=len(prompts), initial=account.done, desc="pairs", disable=not progress) as bar:
-            for number in range(-(-account.done // options.batch_size), maker.batches):
-                start = time.perf_counter()
-                results, in_model = maker.make(number)
+            start = time.perf_counter()
+            for results, in_model in _in_order(maker, -(-account.done // options.batch_size), processes):
                 kept = [result.row for result in results if result.row is not None]
                 preferred = [row for result in results for _, row in result.preferences if not isinstance(row, str)]
                 written = [kept] if preferences is None else [kept, preferred]
-                account = _added(account, results, time.perf_counter() - start, in_model)
+                seconds, start = processes * (time.perf_counter() - start), time.perf_counter()
+                account = _added(account, results, seconds, in_model)
                 rows.append(written, {"account": account.to_dict()})
                 bar.update(len(results))
                 bar.set_postfix(kept=account.kept, refresh=False)
     finally:
         rows.close()
     return account
+
+
+def _in_order(maker: PairMaker, first: int, processes: int) -> Iterator[tuple[list[PromptResult], float]]:
+    """The batches from `first` on, in their order, whichever process made them."""
+    processes = min(processes, maker.batches - first)
+    if processes < 2:
+        yield from map(maker.make, range(first, maker.batches))
+        return
+    from torch.multiprocessing import get_context
+
+    # A forked child would hang in the thread pool of its parent; memory of the weights is shared all the same.
+    maker.model.share_memory()
+    with get_context("spawn").Pool(processes, initializer=_begin, initargs=(maker,)) as pool:
+        yield from pool.imap(_make, range(first, maker.batches))
+
+
+_MAKER: list[PairMaker] = []
+"""The one of a process of the pool."""
+
+
+def _begin(maker: PairMaker) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    _MAKER[:] = [maker]
+
+
+def _make(number: int) -> tuple[list[PromptResult], float]:
+    return _MAKER[0].make(number)
 
 
 def _identity(model: PreTrainedModel, checkpoint: str | None) -> str:
