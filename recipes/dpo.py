@@ -123,15 +123,18 @@ def main() -> None:
 
     if recipe.evaluation_samples and training.process_index == 0:
         print("Before:", mode_table(measure(model, tokenizer)), sep="\n", flush=True)
+    adapter = None
+    if recipe.lora:
+        adapter = lora_config(model, tokenizer, r=recipe.lora_r, lora_alpha=recipe.lora_alpha)
+        # The checkpoint knows its control tokens; TRL 1.16's fused head cannot take peft's rows of them.
+        adapter.trainable_token_indices = None
     trainer = ModeDPOTrainer(
         model,
         ref_model=reference,
         args=training,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora_config(model, tokenizer, r=recipe.lora_r, lora_alpha=recipe.lora_alpha)
-        if recipe.lora
-        else None,
+        peft_config=adapter,
     )
     trainer.train()
     if not trainer.is_world_process_zero():
