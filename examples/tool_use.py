@@ -9,23 +9,23 @@ The checkpoint has to know tools; that of `make demo` was never shown one, and j
 import json
 import sys
 
+from transformers.utils import get_json_schema
+
 from thinkfusion import load_checkpoint, reply
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "Add two numbers.",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-                "required": ["a", "b"],
-            },
-        },
-    }
-]
-FUNCTIONS = {"add": lambda a, b: a + b}
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: the first number
+        b: the second number
+    """
+    return a + b
+
+
+FUNCTIONS = {"add": add}
+TOOLS = [get_json_schema(function) for function in FUNCTIONS.values()]
 MOST_CALLS = 5
 
 model, tokenizer = load_checkpoint(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny")

@@ -3,22 +3,22 @@
 
 from pathlib import Path
 
+from transformers.utils import get_json_schema
+
 from thinkfusion import Conversation, ThinkFusionConfig, ThinkFusionTrainer, export_checkpoint
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "Add two numbers.",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-                "required": ["a", "b"],
-            },
-        },
-    }
-]
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: the first number
+        b: the second number
+    """
+    return a + b
+
+
+TOOLS = [get_json_schema(add)]
 SUM, SUM_THOUGHT, SUM_ANSWER = "What is 2 + 2?", "Two and two.\nThat makes four.", "It is 4."
 KOREAN, KOREAN_THOUGHT, KOREAN_ANSWER = "3 더하기 4는?", "셋에 넷을 더합니다. 일곱입니다.", "답은 7입니다."
 CALL, CALL_THOUGHT, CALL_ANSWER = "What is 1734 + 58? Use the tool.", "Large numbers; the tool adds them.", "1792"

@@ -45,6 +45,7 @@ ORDER = [
         "card_facts",
         "model_card",
         "publishing",
+        "activations",
         "planning",
         "qlora",
         "sharding",

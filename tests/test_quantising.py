@@ -23,11 +23,12 @@ from thinkfusion import (
     quantising,
     reply,
 )
+from thinkfusion.activations import Setup
 from thinkfusion.conversations import Conversation
 from thinkfusion.exporting import difference
 from thinkfusion.four_bit import CODEBOOKS, FourBit, packed_bytes
 from thinkfusion.moe import meta_model, parameter_kinds
-from thinkfusion.planning import Setup, plan_memory
+from thinkfusion.planning import plan_memory
 from thinkfusion.quantising import (
     dequantise,
     is_quantised,

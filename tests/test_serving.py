@@ -156,9 +156,14 @@ def test_the_client_splits_what_a_server_does_not(monkeypatch):
 # The examples, in this process
 
 
-def run_example(monkeypatch, name, *arguments):
+def run_example(monkeypatch, name, *arguments, instead: dict[str, str] | None = None):
+    """Run an example as a script, with other texts in place of some of its own."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    source = (EXAMPLES / name).read_text(encoding="utf-8")
+    for own, other in (instead or {}).items():
+        assert source.count(own) == 1
+        source = source.replace(own, other)
+    exec(compile(source, name, "exec"), {"__name__": "__main__"})
 
 
 def typed(monkeypatch, *lines):
@@ -200,11 +205,19 @@ def test_chat(checkpoint, monkeypatch, capsys):
 
 def test_batch(checkpoint, monkeypatch, capsys):
     greedy(monkeypatch, checkpoint)
-    run_example(monkeypatch, "batch.py", str(checkpoint))
-    shown = capsys.readouterr().out
-    assert "[thinking, budget 10]" in shown
-    assert shown.count("[non_thinking, budget None]") == 2
-    assert "The best of three beams" in shown
+    asked = {"What is the sum of the digits of 293443 modulo 10?": SUM}
+    asked["Which of the digits 5, 4, 6, 3, 2, 3 is the largest?"] = KOREAN
+    run_example(monkeypatch, "batch.py", str(checkpoint), instead=asked)
+    shown = capsys.readouterr().out.splitlines()
+    tokens = len(load_checkpoint(checkpoint)[1](SUM_THOUGHT)["input_ids"])
+    whole = f"{tokens} tokens of reasoning; answer: {SUM_ANSWER!r}"
+    assert shown[1] == f"  [thinking, budget None] {whole}"
+    assert re.fullmatch(r"  \[thinking, budget 10\] (\d|10) tokens of reasoning; answer: '.+'", shown[2])
+    assert shown[3:5] == [
+        f"  [non_thinking, budget None] 0 tokens of reasoning; answer: {answer!r}"
+        for answer in (SUM_ANSWER, KOREAN_ANSWER)
+    ]
+    assert shown[-1] == f"  {whole}"
 
 
 def test_tool_use_in_both_modes(checkpoint, monkeypatch, capsys):

@@ -19,8 +19,9 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from tests.test_recipes import ONE_THREAD, free_port
 from tests.tiny_models import tiny_config, tiny_random_model
+from thinkfusion.activations import decoder_layers
 from thinkfusion.moe import moe_layers
-from thinkfusion.planning import STRATEGIES, decoder_layers
+from thinkfusion.planning import STRATEGIES
 from thinkfusion.sharding import accelerate_config, choose_sharding, write_accelerate_config
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +120,8 @@ from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tests.tiny_models import tiny_random_model
-from thinkfusion.planning import Setup, _memory, decoder_layers, measure_sizes
+from thinkfusion.activations import Setup, decoder_layers
+from thinkfusion.planning import _memory, measure_sizes
 from thinkfusion.sharding import choose_sharding
 from thinkfusion.trainable import lora_config
 

@@ -229,7 +229,8 @@ def _push(options: argparse.Namespace) -> None:
 def _plan_memory(options: argparse.Namespace) -> None:
     """Print the plan, whether anything fits or not; ValueError if a file was asked for and nothing fits."""
     _quiet()
-    from thinkfusion.planning import Setup, plan_memory, read_config
+    from thinkfusion.activations import Setup
+    from thinkfusion.planning import plan_memory, read_config
     from thinkfusion.sharding import choose_sharding, config_text, write_accelerate_config
 
     setup = Setup(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from thinkfusion.intervals import wilson_interval
+from thinkfusion.intervals import marked, rate
 from thinkfusion.modes import Mode
 from thinkfusion.obedience import other
 from thinkfusion.prompts import EvaluationPrompt
@@ -62,7 +62,7 @@ def _counted(first: Sequence[Mode], marks: Sequence[Sequence[bool | None]]) -> d
         start.value: [
             {
                 "mode": (start if turn % 2 == 0 else other(start)).value,
-                **_share([row[turn] for mode, row in zip(first, marks, strict=True) if mode is start]),
+                **marked("right", [row[turn] for mode, row in zip(first, marks, strict=True) if mode is start]),
             }
             for turn in range(turns)
         ]
@@ -70,26 +70,13 @@ def _counted(first: Sequence[Mode], marks: Sequence[Sequence[bool | None]]) -> d
         if start in first
     }
     judged = [row for row in marks if False in row or None not in row]
-    whole = sum(False not in row for row in judged)
+    unbroken = [False not in row for row in judged]
     return {
         "conversations": len(marks),
         "turns": turns,
-        **_share([mark for row in marks for mark in row]),
+        **marked("right", [mark for row in marks for mark in row]),
         "judged": len(judged),
-        "unbroken": whole,
-        "whole": whole / len(judged) if judged else None,
-        "whole_interval": list(wilson_interval(whole, len(judged))) if judged else None,
+        "unbroken": sum(unbroken),
+        **rate("whole", unbroken),
         "starts": starts,
-    }
-
-
-def _share(marks: Sequence[bool | None]) -> dict[str, Any]:
-    judged = [mark for mark in marks if mark is not None]
-    right, total = sum(judged), len(judged)
-    return {
-        "right": right,
-        "total": total,
-        "truncated": len(marks) - total,
-        "share": right / total if total else None,
-        "share_interval": list(wilson_interval(right, total)) if total else None,
     }

@@ -63,3 +63,9 @@ def mean(name: str, values: Sequence[float]) -> dict[str, Any]:
     found = sum(values) / len(values) if values else 0.0
     low, high = mean_interval(values)
     return {name: found, f"{name}_interval": [max(0.0, low), high]}
+
+
+def marked(name: str, marks: Sequence[bool | None]) -> dict[str, Any]:
+    """`{name: successes, total, truncated, share, share_interval}`; a mark of None hit the token limit, in no share."""
+    judged = [mark for mark in marks if mark is not None]
+    return {name: sum(judged), "total": len(judged), "truncated": len(marks) - len(judged), **rate("share", judged)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from thinkfusion.intervals import wilson_interval
+from thinkfusion.intervals import marked
 from thinkfusion.modes import Mode, Reply, Scheme
 from thinkfusion.prompts import EvaluationPrompt
 from thinkfusion.replying import Job, Replier
@@ -129,11 +129,11 @@ def measure_obedience(
             "system": cell.system,
             "turn": cell.turn,
             "expected": cell.expected(default).value,
-            **_counts(marks),
+            **marked("obeyed", marks),
         }
         for cell, marks in judged.items()
     ]
-    whole = _counts([mark for marks in judged.values() for mark in marks])
+    whole = marked("obeyed", [mark for marks in judged.values() for mark in marks])
     return {"prompts": len(prompts), "default": default.value, **whole, "cells": cells}, [*failures.values()][:limit]
 
 
@@ -164,15 +164,3 @@ def describe(cell: Cell) -> str:
         yield f"turn {cell.turn}"
 
     return ", ".join(words())
-
-
-def _counts(marks: Sequence[bool | None]) -> dict[str, Any]:
-    judged = [mark for mark in marks if mark is not None]
-    obeyed, total = sum(judged), len(judged)
-    return {
-        "obeyed": obeyed,
-        "total": total,
-        "truncated": len(marks) - total,
-        "share": obeyed / total if total else None,
-        "share_interval": list(wilson_interval(obeyed, total)) if total else None,
-    }

@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thinkfusion.activations import Setup
 from thinkfusion.checkpointing import load_checkpoint
 from thinkfusion.moe import meta_model
-from thinkfusion.planning import Setup, gpus_needed, plan_memory, read_config
+from thinkfusion.planning import gpus_needed, plan_memory, read_config
 from thinkfusion.quantising import (
     Sizes,
     count,

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from thinkfusion.activations import decoder_layers
 from thinkfusion.moe import bare, meta_model, moe_layers
-from thinkfusion.planning import STRATEGIES, decoder_layers
+from thinkfusion.planning import STRATEGIES
 from thinkfusion.tree_attention import why_not_trees
 
 

@@ -112,7 +112,8 @@ def measure(family: str, method: str, millions: float) -> int:
 
 def measured_and_planned(family: str, method: str, *, millions: float) -> tuple[int, int]:
     """Bytes of a run in a process of its own, and of its plan."""
-    from thinkfusion.planning import Setup, plan_memory
+    from thinkfusion.activations import Setup
+    from thinkfusion.planning import plan_memory
 
     own = [sys.executable, __file__, "--measure", family, method, str(millions)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "MALLOC_TRIM_THRESHOLD_": "0"}

@@ -41,7 +41,8 @@ from thinkfusion import (
     lora_config,
     reply,
 )
-from thinkfusion.planning import GIB, Setup, plan_memory
+from thinkfusion.activations import Setup
+from thinkfusion.planning import GIB, plan_memory
 
 CONFIG = Path(__file__).parent / "qwen3_moe.json"
 STEPS, RESUMED_STEPS, TOKENS = 3, 5, 2048
