@@ -60,6 +60,10 @@ _HOME = {
     "ModeReport": "evaluation",
     "evaluate_modes": "evaluation",
     "overlap_with_training": "prompts",
+    "brevity": "rewards",
+    "correctness": "rewards",
+    "format_reward": "rewards",
+    "total_reward": "rewards",
     "read_prompts": "prompts",
     "task_prompts": "prompts",
     "judge": "grading",
@@ -91,6 +95,8 @@ _HOME = {
     "ModeEvaluationCallback": "callbacks",
     "ThinkFusionConfig": "configuration",
     "ThinkFusionTrainer": "training",
+    "ThinkFusionGRPOConfig": "grpo_configuration",
+    "ThinkFusionGRPOTrainer": "grpo",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
@@ -110,6 +116,8 @@ if TYPE_CHECKING:
     from thinkfusion.fusing import FusionOptions, fuse_checkpoints
     from thinkfusion.generation import replies, reply, stream_reply
     from thinkfusion.grading import judge
+    from thinkfusion.grpo import ThinkFusionGRPOTrainer
+    from thinkfusion.grpo_configuration import ThinkFusionGRPOConfig
     from thinkfusion.harness import run_harness
     from thinkfusion.launching import ensure_processes
     from thinkfusion.messages import Message
@@ -129,6 +137,7 @@ if TYPE_CHECKING:
     from thinkfusion.rendering import Rendered, Renderer, render
     from thinkfusion.report_page import save_page
     from thinkfusion.reporting import mode_table, save_report
+    from thinkfusion.rewards import brevity, correctness, format_reward, total_reward
     from thinkfusion.route_counting import measure_routes
     from thinkfusion.route_verdict import routes_table
     from thinkfusion.row_report import RowReport

@@ -21,7 +21,62 @@ from thinkfusion.weighting import ModeWeights
 
 
 @dataclass
-class ThinkFusionConfig(SFTConfig):
+class TrainedParts:
+    """Settings that any training has: what of the model trains, and how its experts are kept in balance."""
+
+    router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Weight of transformers' balance loss."})
+    """0: transformers' balance loss pools all layers and takes collapsed routers for balanced ones."""
+    train_router: bool | None = field(
+        default=None, metadata={"help": "Train the routers; by default in full fine-tuning, and not under LoRA."}
+    )
+    """Whether routers train; None: in full fine-tuning, and not under LoRA. This and the next four say what of the
+    model trains, see `set_trainable` and `lora_config`."""
+    train_experts: bool = field(default=True, metadata={"help": "Train the routed experts."})
+    train_shared_experts: bool = field(
+        default=True, metadata={"help": "Train shared experts, and the MLPs of layers without experts."}
+    )
+    train_attention: bool = field(default=True, metadata={"help": "Train the attention."})
+    train_embeddings: bool | None = field(
+        default=None,
+        metadata={"help": "Train all embeddings; by default in full fine-tuning, and under LoRA the control tokens'."},
+    )
+    """Whether all embeddings train. The rows of the control tokens always do."""
+    balance_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the load-balancing loss of each layer's experts; 0: none."}
+    )
+    """The weight of our balance loss, per layer and over all tokens of a step but padding: `thinkfusion.balance`."""
+    router_bias_update_rate: float = field(
+        default=0.0, metadata={"help": "By how much a step moves the routers' correction biases; 0 keeps them."}
+    )
+    """How far each step moves the correction biases of routers that have them (DeepSeek-V3, A.X K1, GLM-4.5: 0.001 in
+    their pretraining) towards the experts that got too few tokens; 0 keeps them as they are."""
+    routing_steps: int = field(default=0, metadata={"help": "Log how tokens are routed every so many steps; 0: never."})
+
+    def settle(self) -> None:
+        """Check these, and fit precision and device to the machine; to be called before TRL's own checks."""
+        for name in ("balance_loss_coef", "router_bias_update_rate", "routing_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a number of at least 0.")
+        own: Any = self
+        if own.bf16 is None and not own.fp16:
+            own.bf16 = torch.cuda.is_available() and not own.use_cpu
+        # Told so, and only then, processes on a CPU find each other.
+        own.use_cpu = own.use_cpu or not torch.accelerator.is_available()
+        own.dataloader_pin_memory = own.dataloader_pin_memory and not own.use_cpu
+
+    def kinds_that_train(self, *, lora: bool) -> dict[str, bool]:
+        """The settings `train_…`, for `lora_config` or `set_trainable`; some defaults are those of full fine-tuning."""
+        return {
+            "train_router": not lora if self.train_router is None else self.train_router,
+            "train_experts": self.train_experts,
+            "train_shared_experts": self.train_shared_experts,
+            "train_attention": self.train_attention,
+            "train_embeddings": not lora if self.train_embeddings is None else self.train_embeddings,
+        }
+
+
+@dataclass
+class ThinkFusionConfig(TrainedParts, SFTConfig):
     """`SFTConfig` with the settings of the two modes, and with other defaults where TRL's would harm them.
 
     TRL's `max_length` cuts rows at 1,024 tokens, inside the reasoning; ours defaults to what the model can take, and
@@ -89,35 +144,6 @@ class ThinkFusionConfig(SFTConfig):
     )
     """Whether the loss is the mean of the modes' mean losses, so that each mode has an equal share, or that of
     `mode_weights`; otherwise it is the mean over all trained tokens."""
-    router_aux_loss_coef: float | None = field(default=0.0, metadata={"help": "Weight of transformers' balance loss."})
-    """0: transformers' balance loss pools all layers and takes collapsed routers for balanced ones."""
-
-    train_router: bool | None = field(
-        default=None, metadata={"help": "Train the routers; by default in full fine-tuning, and not under LoRA."}
-    )
-    """Whether routers train; None: in full fine-tuning, and not under LoRA. This and the next four say what of the
-    model trains, see `set_trainable` and `lora_config`."""
-    train_experts: bool = field(default=True, metadata={"help": "Train the routed experts."})
-    train_shared_experts: bool = field(
-        default=True, metadata={"help": "Train shared experts, and the MLPs of layers without experts."}
-    )
-    train_attention: bool = field(default=True, metadata={"help": "Train the attention."})
-    train_embeddings: bool | None = field(
-        default=None,
-        metadata={"help": "Train all embeddings; by default in full fine-tuning, and under LoRA the control tokens'."},
-    )
-    """Whether all embeddings train. The rows of the control tokens always do."""
-    balance_loss_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the load-balancing loss of each layer's experts; 0: none."}
-    )
-    """The weight of our balance loss, per layer and over all tokens of a step but padding: `thinkfusion.balance`."""
-    router_bias_update_rate: float = field(
-        default=0.0, metadata={"help": "By how much a step moves the routers' correction biases; 0 keeps them."}
-    )
-    """How far each step moves the correction biases of routers that have them (DeepSeek-V3, A.X K1, GLM-4.5: 0.001 in
-    their pretraining) towards the experts that got too few tokens; 0 keeps them as they are."""
-    routing_steps: int = field(default=0, metadata={"help": "Log how tokens are routed every so many steps; 0: never."})
-
     control_token_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the control tokens' rows; by default that of the rest."}
     )
@@ -133,17 +159,7 @@ class ThinkFusionConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: found {value}, expected a number above 0.")
-        for name in ("balance_loss_coef", "router_bias_update_rate", "routing_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected a number of at least 0.")
-        self.bf16: bool | None
-        self.use_cpu: bool
-        self.dataloader_pin_memory: bool
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = torch.cuda.is_available() and not self.use_cpu
-        # Told so, and only then, processes on a CPU find each other.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        self.settle()
         get_scheme(self.scheme)
         if self.dialect is not None:
             get_dialect(self.dialect)
@@ -195,16 +211,6 @@ class ThinkFusionConfig(SFTConfig):
     def loss_weights(self) -> ModeWeights:
         """`mode_weights` and `normalise_by_mode`, read."""
         return ModeWeights.parse(self.mode_weights, self.normalise_by_mode)
-
-    def kinds_that_train(self, *, lora: bool) -> dict[str, bool]:
-        """The settings `train_…`, for `lora_config` or `set_trainable`; some defaults are those of full fine-tuning."""
-        return {
-            "train_router": not lora if self.train_router is None else self.train_router,
-            "train_experts": self.train_experts,
-            "train_shared_experts": self.train_shared_experts,
-            "train_attention": self.train_attention,
-            "train_embeddings": not lora if self.train_embeddings is None else self.train_embeddings,
-        }
 
     def preparation(self, max_length: int | None, records: RecordOptions | None = None) -> dict[str, Any]:
         """What `prepare` is given; `records` are the options of reading, to which the policies of this are added."""

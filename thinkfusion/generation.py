@@ -297,7 +297,7 @@ def generate(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     mask = (torch.arange(length, device=model.device) >= length - lengths[:, None]).long()
     with _ready_to_generate(model), torch.no_grad():
-        ends = _end_ids(model, tokenizer, get_scheme(scheme))
+        ends = reply_ends(model, tokenizer, get_scheme(scheme))
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -330,7 +330,7 @@ def _with_budget(
     return {**options, "logits_processor": processors}
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scheme: Scheme) -> list[int]:
+def reply_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scheme: Scheme) -> list[int]:
     """What ends a reply: the tokens of the scheme and the tokenizer, and those that the model was made with."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     return sorted({*end_ids(tokenizer, scheme), *(own if isinstance(own, list) else [own])} - {None})
@@ -389,7 +389,7 @@ def stream_reply(
     ids = prompter.prompt_ids(messages, chosen, tools)
     sampling = Sampling.choose(generation_defaults(model).get(chosen), max_new_tokens, temperature, top_p, top_k)
     arguments = sampling.options() | _with_budget(tokenizer, prompter.scheme, thinking_budget, options)
-    tags, ends = reply_tags(tokenizer, prompter.scheme), _end_ids(model, tokenizer, prompter.scheme)
+    tags, ends = reply_tags(tokenizer, prompter.scheme), reply_ends(model, tokenizer, prompter.scheme)
     streamer = Parts(tokenizer, skip_prompt=True)
     failures: list[BaseException] = []
 

@@ -121,11 +121,7 @@ class ThinkFusionTrainer(HubTrainer):
         if args.routing_steps:
             self._routes = RouteCounter(self.model)
             self.add_callback(RoutingCallback(self, self._routes, every_steps=args.routing_steps))
-        head = self.model.get_output_embeddings()
-        if isinstance(head, TrainableTokensWrapper):
-            # TRL's fused head reads `bias`, which peft's wrapper of a layer without one lacks (trl 1.16, peft 0.21).
-            # Set beside torch's bookkeeping, so that a bias that is there is not registered twice.
-            head.__dict__["bias"] = head.original_module.bias
+        _give_bias(self.model)
         if self.sequence_layout != "padded":
             self.train_dataset = self._rows(train_dataset, args.train_batch_size)
             self.eval_dataset = None if eval_dataset is None else self._rows(eval_dataset, args.eval_batch_size)
@@ -373,6 +369,14 @@ def _check_what_trains(model: PreTrainedModel, peft_config: Any, control_ids: li
             "peft_config: the control tokens are new, and this configuration does not train them. Use "
             "lora_config(model, tokenizer), or set trainable_token_indices (or modules_to_save)."
         )
+
+
+def _give_bias(model: Any) -> None:
+    """TRL's fused head reads `bias`, which peft's wrapper of a layer without one lacks (trl 1.16, peft 0.21)."""
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        # Set beside torch's bookkeeping, so that a bias that is there is not registered twice.
+        head.__dict__["bias"] = head.original_module.bias
 
 
 def _counts_by_mode(modes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
