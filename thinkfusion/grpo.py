@@ -91,19 +91,8 @@ class ThinkFusionGRPOTrainer(GRPOTrainer):
         eval_rows = None if eval_dataset is None else self._rows(eval_dataset, tokenizer)
         check_rewards(self._own_rewards, self._prompts)
         _fit_lengths(args, model, max(map(len, self._prompt_ids)))
-        groups = (args.generation_batch_size or 1) // (args.num_generations or 1)
-        if len(train_rows) < groups:
-            raise ValueError(
-                f"train_dataset: found {len(train_rows) // 2} prompts, expected at least the {groups // 2} of a "
-                "generation batch. Add prompts, or lower per_device_train_batch_size or steps_per_generation."
-            )
-        control_ids = _control_ids(tokenizer)
-        if peft_config is True:
-            peft_config = lora_config(model, tokenizer if control_ids else None, **args.kinds_that_train(lora=True))
-        if peft_config is None and not isinstance(model, PeftModel):
-            set_trainable(model, **args.kinds_that_train(lora=False), control_ids=control_ids)
-        if len(control_ids) > 1:
-            _check_what_trains(model, peft_config, control_ids)
+        _check_count(args, len(train_rows) // 2)
+        peft_config = _set_what_trains(model, tokenizer, args, peft_config)
         self._ends = reply_ends(model, tokenizer, self._prompter.scheme)
         if args.use_vllm:
             args.generation_kwargs = {"stop_token_ids": self._ends, **(args.generation_kwargs or {})}
@@ -112,6 +101,7 @@ class ThinkFusionGRPOTrainer(GRPOTrainer):
         self._balancer: Balancer | None = None
         self._routes: RouteCounter | None = None
         self._inputs: dict[str, Any] | None = None
+        self.signalled = False
         self._entropies = {"train": _ModeSums(), "eval": _ModeSums()}
         super().__init__(
             model=model,
@@ -126,7 +116,7 @@ class ThinkFusionGRPOTrainer(GRPOTrainer):
         self.eos_token_ids = self._ends
         if not args.use_vllm:
             self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self._ends
-        self.add_callback(SignalCheck(self.accelerator))
+        self.add_callback(SignalCheck(self))
         coefficient, rate = args.balance_loss_coef, args.router_bias_update_rate
         if coefficient or rate:
             self._balancer = Balancer(self.model, self.accelerator, coefficient=coefficient, update_rate=rate)
@@ -199,7 +189,8 @@ class ThinkFusionGRPOTrainer(GRPOTrainer):
         rest = (images, multimodal_fields, num_generations)
         with _ready_to_generate(self.accelerator.unwrap_model(self.model)):
             if self.use_vllm or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                return super()._generate_single_turn(prompt_ids, *rest, **kwargs)
+                together: tuple[list[list[int]], Any] = super()._generate_single_turn(prompt_ids, *rest, **kwargs)
+                return together
             found: dict[int, list[int]] = {}
             for mode in range(len(MODES)):
                 places = [place for place, row in enumerate(self._asked) if row % len(MODES) == mode]
@@ -267,6 +258,7 @@ class ThinkFusionGRPOTrainer(GRPOTrainer):
         balancer = self._balancer if self.model.training else None
         if balancer is not None:
             self._begin_step(balancer)
+        self.signalled |= bool((inputs["advantages"] * inputs["completion_mask"].any(1)).any())
         self._inputs = inputs
         try:
             loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -354,15 +346,17 @@ class ModesTogether(RepeatSampler):
 
 
 class SignalCheck(GradientCheck):
-    """The check of gradients, at the first step whose rewards differ within a group: before, all gradients are 0."""
+    """The check of gradients, at the first step whose rewards differ within a group: before, they say nothing."""
+
+    def __init__(self, trainer: ThinkFusionGRPOTrainer) -> None:
+        super().__init__(trainer.accelerator)
+        self.trainer = trainer
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        gradients = [each.grad for each in self.accelerator.unwrap_model(model).parameters() if each.grad is not None]
-        if self.checked or (gradients and not any(gradient.any() for gradient in gradients)):
-            return
-        super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
+        if self.trainer.signalled:
+            super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
 
 
 def _both_modes(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Prompter:
@@ -394,6 +388,30 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if template is None:
         return []
     return [int(tokenizer.convert_tokens_to_ids(token)) for token in template.dialect.control_tokens]
+
+
+def _set_what_trains(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ThinkFusionGRPOConfig, peft_config: Any
+) -> Any:
+    """Freeze what `args` say in full fine-tuning; the LoRA configuration, if there is one."""
+    control_ids = _control_ids(tokenizer)
+    if peft_config is True:
+        peft_config = lora_config(model, tokenizer if control_ids else None, **args.kinds_that_train(lora=True))
+    if peft_config is None and not isinstance(model, PeftModel):
+        set_trainable(model, **args.kinds_that_train(lora=False), control_ids=control_ids)
+    if len(control_ids) > 1:
+        _check_what_trains(model, peft_config, control_ids)
+    return peft_config
+
+
+def _check_count(args: ThinkFusionGRPOConfig, prompts: int) -> None:
+    """ValueError for fewer prompts than a generation batch holds: TRL would train on none."""
+    wanted = (args.generation_batch_size or 1) // (args.num_generations or 1) // len(MODES)
+    if prompts < wanted:
+        raise ValueError(
+            f"train_dataset: found {prompts} prompts, expected at least the {wanted} of a generation batch. Add "
+            "prompts, or lower per_device_train_batch_size or steps_per_generation."
+        )
 
 
 def _fit_lengths(args: ThinkFusionGRPOConfig, model: PreTrainedModel, longest: int) -> None:
