@@ -25,6 +25,7 @@ from thinkfusion import (
 )
 from thinkfusion import weight_files as weight_files_module
 from thinkfusion.cli import main
+from thinkfusion.digests import weights_digest
 from thinkfusion.flags import FUSION_GROUPS, FUSION_METHODS
 from thinkfusion.fusing import GROUPS, METHODS, file_kinds, fused_state
 from thinkfusion.sweeping import Sweep, fused_model, ratios_of
@@ -413,6 +414,12 @@ def test_the_command_fuses_and_sweeps(tmp_path, capsys):
     assert json.loads((swept / "fusion.json").read_text())["ratio"] == found["best"]
     assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("best") == 2
+    proof = json.loads((swept / "mode_report.json").read_text())
+    assert proof["weights"] == weights_digest(swept)
+    winner = next(point for point in found["points"] if point["ratio"] == found["best"])
+    assert {mode: each["classes"] for mode, each in proof["modes"].items()} == {
+        mode: each["classes"] for mode, each in winner["modes"].items()
+    }
     report = sweep_ratios(one, two, [0.5], samples=4, max_new_tokens=8, progress=False).reports[0.5]
     for mode, figures in found["points"][1]["modes"].items():
         for name in ("classes", "format_error", "accuracy", "reasoning_tokens", "tasks"):

@@ -382,7 +382,7 @@ def _fuse_best(options: argparse.Namespace, ratios: list[float], chosen: Any) ->
         progress=sys.stderr.isatty(),
     )
     print(found)
-    print(f"Written: {options.output}, with sweep.json and sweep.png")
+    print(f"Written: {options.output}, with sweep.json, sweep.png and mode_report.json")
 
 
 def _routes(options: argparse.Namespace) -> None:

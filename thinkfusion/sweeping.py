@@ -150,7 +150,12 @@ def sweep_and_fuse(
     device: str = "cpu",
     **evaluation: Any,
 ) -> Sweep:
-    """`sweep_ratios`, then the winner's checkpoint into `directory`, with `sweep.json` and `sweep.png` (matplotlib)."""
+    """`sweep_ratios`, then the winner's checkpoint into `directory`.
+
+    Beside it `sweep.json`, `sweep.png` (matplotlib), and the winner's `mode_report.json` and `replies.jsonl`.
+    """
+    from thinkfusion.reporting import save_report
+
     options = options or FusionOptions()
     found = sweep_ratios(
         thinking, non_thinking, ratios, options, base=base, texts_from=texts_from, device=device, **evaluation
@@ -164,6 +169,7 @@ def sweep_and_fuse(
     folder = Path(directory)
     (folder / "sweep.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     draw_sweep(found, folder / "sweep.png")
+    save_report(found.reports[found.best], folder, checkpoint=folder)
     return found
 
 
