@@ -4,10 +4,9 @@
     python recipes/ablation.py --output runs/ablation            # 3 seeds, both schemes
     python recipes/ablation.py --output runs/ablation --quick    # 1 seed, fewer tokens
 
-The rows are those of KRAFTON's account of A.X K1 (arXiv 2601.09200), at tiny scale. The data is as real data is: each
-mode has its own prompts, on domains that overlap in part. Two of the four embedded tasks have rows in both modes, never
-with the same question; one has them in thinking mode only, one in non-thinking mode only. `paired` answers the prompts
-of the thinking rows in both modes. Every recipe gets the same base and the same number of trained tokens. What is told
+The rows are those of KRAFTON's account of A.X K1 (arXiv 2601.09200), at tiny scale. Each mode has prompts of its own,
+as in real data: on other tasks (`--domains apart`), or on tasks that overlap in part. `paired` answers the prompts of
+the thinking rows in both modes. Every recipe gets the same base and the same number of trained tokens. What is told
 apart are tasks that a mode has data for, and tasks that only the other mode has data for. The table is written as it
 comes out; a run that is stopped goes on where it was.
 """
@@ -30,8 +29,14 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-REASONED, ANSWERED = ("running_sum", "dial", "maximum"), ("dial", "maximum", "reversal")
-"""Tasks with data in thinking mode, and in non-thinking mode."""
+DOMAINS = {
+    "apart": {"thinking": ("running_sum", "maximum"), "non_thinking": ("dial", "reversal")},
+    "overlapping": {
+        "thinking": ("running_sum", "dial", "maximum"),
+        "non_thinking": ("dial", "maximum", "reversal"),
+    },
+}
+"""The tasks with data in each mode; no question is in both."""
 SCHEMES = ("control", "empty-block")
 TRL, MERGE, MERGE_PAIRED = "trl", "merge", "merge_then_paired"
 MIXTURES: dict[str, dict[str, Any]] = {
@@ -59,6 +64,7 @@ class Job:
     """How many tokens are trained."""
     samples: int
     """Prompts per mode of the evaluation; a third of them at each ratio of a sweep."""
+    domains: str
     folder: str
 
     @property
@@ -66,10 +72,10 @@ class Job:
         return Path(self.folder, "jobs", f"{self.recipe}-{self.scheme}-{self.seed}.json".replace(":", "_"))
 
 
-def jobs_of(folder: Path, recipes: list[str], seeds: int, tokens: int, samples: int) -> list[Job]:
+def jobs_of(folder: Path, recipes: list[str], seeds: int, setting: dict[str, Any]) -> list[Job]:
     """TRL's template has one scheme, the empty block. Those that take longest come first."""
     return [
-        Job(recipe, scheme, seed, tokens, samples, str(folder))
+        Job(recipe, scheme, seed, folder=str(folder), **setting)
         for recipe in reversed(RECIPES)
         if recipe in recipes
         for seed in range(seeds)
@@ -80,13 +86,13 @@ def jobs_of(folder: Path, recipes: list[str], seeds: int, tokens: int, samples: 
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(count: int, seed: int, modes: tuple[str, ...] = MODES) -> list[dict[str, str]]:
+def rows_of(count: int, seed: int, modes: tuple[str, ...] = MODES, domains: str = "apart") -> list[dict[str, str]]:
     """`count` rows, in turn with reasoning and without, no question in both; or of one of these kinds."""
     from thinkfusion import generate_samples
 
-    reasoned = generate_samples(count, seed=seed, tasks=REASONED)
+    reasoned = generate_samples(count, seed=seed, tasks=DOMAINS[domains]["thinking"])
     taken = {one.question for one in reasoned}
-    drawn = generate_samples(2 * count, seed=1000 + seed, tasks=ANSWERED)
+    drawn = generate_samples(2 * count, seed=1000 + seed, tasks=DOMAINS[domains]["non_thinking"])
     answered = [one for one in drawn if one.question not in taken][:count]
     kinds = {
         "thinking": [{"question": one.question, "reasoning": one.reasoning, "answer": one.answer} for one in reasoned],
@@ -100,13 +106,13 @@ def trained_tokens(dataset: Any) -> int:
     return sum(sum(label != -100 for label in labels) for labels in dataset["labels"])
 
 
-def prepared(tokenizer: Any, tokens: int, seed: int, modes: tuple[str, ...] = MODES, **mixture: Any) -> Any:
+def prepared(tokenizer: Any, job: Job, tokens: int, modes: tuple[str, ...] = MODES, **mixture: Any) -> Any:
     """As many rows as have about `tokens` trained tokens in this mixture, ready for training."""
     from thinkfusion import MixtureOptions, prepare
 
     def make(count: int) -> Any:
-        options = MixtureOptions(**mixture, seed=seed)
-        return prepare(rows_of(count, seed, modes), tokenizer, mixture=options, cache_dir=None)[0]
+        options = MixtureOptions(**mixture, seed=job.seed)
+        return prepare(rows_of(count, job.seed, modes, job.domains), tokenizer, mixture=options, cache_dir=None)[0]
 
     probe = 400
     return make(max(8, round(probe * tokens / trained_tokens(make(probe)))))
@@ -177,7 +183,7 @@ def train_with_trl(job: Job) -> tuple[Any, Any, int]:
 
     def trainer(count: int) -> Any:
         rows = []
-        for row in rows_of(count, job.seed):
+        for row in rows_of(count, job.seed, domains=job.domains):
             reply = {"role": "assistant", "content": row["answer"]}
             reply |= {"reasoning_content": row["reasoning"]} if row["reasoning"] else {}
             rows.append(
@@ -203,7 +209,7 @@ def train_and_merge(job: Job) -> tuple[Any, Any, int, float]:
     spent = 0
     for mode in MODES:
         model, tokenizer = base(job.scheme)
-        dataset = prepared(tokenizer, round(share * job.tokens), job.seed, (mode,), mixture=mode)
+        dataset = prepared(tokenizer, job, round(share * job.tokens), (mode,), mixture=mode)
         spent += train(model, tokenizer, dataset, job, mode)
         export_checkpoint(model, tokenizer, work / mode)
     prompts = task_prompts(max(8, job.samples // 3), seed=1000 + job.seed)
@@ -219,7 +225,7 @@ def train_and_merge(job: Job) -> tuple[Any, Any, int, float]:
     )
     model, tokenizer = load_checkpoint(work / "fused", dtype="float32")
     if job.recipe == MERGE_PAIRED:
-        dataset = prepared(tokenizer, job.tokens - spent, job.seed, mixture="paired")
+        dataset = prepared(tokenizer, job, job.tokens - spent, mixture="paired")
         spent += train(model, tokenizer, dataset, job, "paired")
     shutil.copyfile(work / "fused" / "sweep.json", Path(job.folder, "jobs", f"{work.name}-sweep.json"))
     shutil.rmtree(work)
@@ -251,7 +257,7 @@ def run(job: Job) -> dict[str, Any]:
         model, tokenizer, spent = train_with_trl(job)
     elif job.recipe in MIXTURES:
         model, tokenizer = base(job.scheme)
-        dataset = prepared(tokenizer, job.tokens, job.seed, **MIXTURES[job.recipe])
+        dataset = prepared(tokenizer, job, job.tokens, **MIXTURES[job.recipe])
         spent = train(model, tokenizer, dataset, job, MIXTURES[job.recipe]["mixture"])
     else:
         model, tokenizer, spent, ratio = train_and_merge(job)
@@ -266,16 +272,16 @@ def run(job: Job) -> dict[str, Any]:
         "trained_tokens": spent,
         "ratio": ratio,
         "seconds": round(time.monotonic() - begun, 1),
-        "modes": {mode: figures(report.modes[mode], mode) for mode in MODES},
+        "modes": {mode: figures(report.modes[mode], mode, job.domains) for mode in MODES},
     }
     write(job.result, json.dumps(found, indent=1))
     return found
 
 
-def figures(measured: dict[str, Any], mode: str) -> dict[str, float]:
+def figures(measured: dict[str, Any], mode: str, domains: str) -> dict[str, float]:
     """Over all tasks, and over those that this mode has data for, or has none for."""
-    own, other = (REASONED, ANSWERED) if mode == "thinking" else (ANSWERED, REASONED)
-    unseen = tuple(task for task in other if task not in own)
+    own = DOMAINS[domains][mode]
+    unseen = tuple(task for tasks in DOMAINS[domains].values() for task in tasks if task not in own)
 
     def mean(name: str, tasks: tuple[str, ...]) -> float:
         cells = [cell for task, cell in measured["tasks"].items() if task.rsplit("_", 1)[0] in tasks]
@@ -299,6 +305,7 @@ def figures(measured: dict[str, Any], mode: str) -> dict[str, float]:
 
 COLUMNS = {
     "format_error": "format error",
+    "format_error_unseen": "of unseen tasks",
     "accuracy_seen": "accuracy, seen",
     "accuracy_unseen": "accuracy, unseen",
     "tokens": "tokens",
@@ -372,6 +379,9 @@ def main() -> None:
     parser.add_argument(
         "--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="which rows (default: all)"
     )
+    parser.add_argument(
+        "--domains", choices=DOMAINS, default="apart", help="whether modes share tasks (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, help="how many (default 3; 1 with --quick)")
     parser.add_argument("--tokens", type=int, help="trained tokens of each recipe (default 100,000; 60,000)")
     parser.add_argument("--samples", type=int, help="prompts per mode (default 480; 240)")
@@ -380,8 +390,8 @@ def main() -> None:
     seeds = options.seeds or (1 if options.quick else 3)
     tokens = options.tokens or (60_000 if options.quick else 100_000)
     samples = options.samples or (240 if options.quick else 480)
-    jobs = jobs_of(options.output, options.recipes, seeds, tokens, samples)
-    setting = {"tokens": tokens, "samples": samples}
+    setting = {"tokens": tokens, "samples": samples, "domains": options.domains}
+    jobs = jobs_of(options.output, options.recipes, seeds, setting)
     kept = options.output / "jobs" / "setting.json"
     if kept.is_file() and json.loads(kept.read_text()) != setting:
         sys.exit(
@@ -396,6 +406,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=context, max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(run, job) for job in waiting]):
+            if done.exception():
+                pool.shutdown(cancel_futures=True)  # or it would be told when all others are done
             results.append(done.result())
             row = results[-1]
             errors = " / ".join(spread([row["modes"][mode]["format_error"]], "format_error") for mode in MODES)

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import runpy
@@ -426,16 +427,25 @@ def test_the_ablation_tells_tasks_of_a_mode_from_those_of_the_other():
     ablation = runpy.run_path(str(ROOT / "recipes" / "ablation.py"))
     rows = ablation["rows_of"](8, 0)
     assert [bool(row["reasoning"]) for row in rows] == [True, False] * 4
+    shared = ablation["rows_of"](2000, 0, domains="overlapping")
+    asked = [{row["question"] for row in shared if bool(row["reasoning"]) is reasoned} for reasoned in (True, False)]
+    assert all(any("largest" in question for question in each) for each in asked)
+    assert not asked[0] & asked[1]
     tasks = {"running_sum_en": (0.5, 10), "maximum_ko": (1.0, 30), "dial_en": (0.25, 20), "reversal_ko": (None, 20)}
     cells = {
         name: {"accuracy": value, "format_error": value, "samples": count} for name, (value, count) in tasks.items()
     }
     measured = {"tasks": cells, "reasoning_tokens": 3.0, "answer_tokens": 2.0}
     measured |= dict.fromkeys(("format_error", "truncated", "leakage"), 0.1)
-    thinking, other = (ablation["figures"](measured, mode) for mode in ("thinking", "non_thinking"))
+    thinking, other = (ablation["figures"](measured, mode, "apart") for mode in ("thinking", "non_thinking"))
     assert (thinking["accuracy_seen"], thinking["accuracy_unseen"]) == (0.875, 0.25)
     assert (other["accuracy_seen"], other["accuracy_unseen"]) == (0.25, 0.875)
     assert thinking["tokens"] == 5.0
+    # Where the domains overlap, dial and maximum are seen in both modes.
+    thinking, other = (ablation["figures"](measured, mode, "overlapping") for mode in ("thinking", "non_thinking"))
+    assert thinking["accuracy_seen"] == pytest.approx((0.5 * 10 + 1.0 * 30 + 0.25 * 20) / 60)
+    assert thinking["format_error_unseen"] is None or math.isnan(thinking["format_error_unseen"])
+    assert (other["accuracy_seen"], other["accuracy_unseen"]) == (0.7, 0.5)
     assert ablation["spread"]([0.0, 0.5], "accuracy") == "25.0 % (0.0-50.0)"
 
 
