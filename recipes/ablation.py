@@ -5,7 +5,7 @@
     python recipes/ablation.py --output runs/ablation --quick    # 1 seed, fewer tokens
 
 The rows are those of KRAFTON's account of A.X K1 (arXiv 2601.09200), at tiny scale. Each mode has prompts of its own,
-as in real data: on other tasks (`--domains apart`), or on tasks that overlap in part. `paired` answers the prompts of
+as in real data: on tasks that overlap in part, or on other tasks (`--domains apart`). `paired` answers the prompts of
 the thinking rows in both modes. Every recipe gets the same base and the same number of trained tokens. What is told
 apart are tasks that a mode has data for, and tasks that only the other mode has data for. The table is written as it
 comes out; a run that is stopped goes on where it was.
@@ -86,7 +86,9 @@ def jobs_of(folder: Path, recipes: list[str], seeds: int, setting: dict[str, Any
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(count: int, seed: int, modes: tuple[str, ...] = MODES, domains: str = "apart") -> list[dict[str, str]]:
+def rows_of(
+    count: int, seed: int, modes: tuple[str, ...] = MODES, domains: str = "overlapping"
+) -> list[dict[str, str]]:
     """`count` rows, in turn with reasoning and without, no question in both; or of one of these kinds."""
     from thinkfusion import generate_samples
 
@@ -380,7 +382,7 @@ def main() -> None:
         "--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="which rows (default: all)"
     )
     parser.add_argument(
-        "--domains", choices=DOMAINS, default="apart", help="whether modes share tasks (default: %(default)s)"
+        "--domains", choices=DOMAINS, default="overlapping", help="whether modes share tasks (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, help="how many (default 3; 1 with --quick)")
     parser.add_argument("--tokens", type=int, help="trained tokens of each recipe (default 100,000; 60,000)")

@@ -46,7 +46,7 @@ from thinkfusion import (
     save_report,
 )
 from thinkfusion.evaluate_verb import verdict_lines
-from thinkfusion.launching import follow_launcher
+from thinkfusion.launching import follow_launcher, usable_cores
 from thinkfusion.qlora import place
 from thinkfusion.saving import SavingError, last_checkpoint
 
@@ -180,7 +180,7 @@ def main() -> None:
     recipe, training = parse_arguments()
     if not torch.cuda.is_available():
         # accelerate gives a process one thread unless told otherwise, and leaves the other cores idle.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // training.world_size))
+        torch.set_num_threads(max(1, usable_cores() // training.world_size))
 
     # 1. The checkpoint, with the switch installed: template, control tokens, end of turn.
     # Weights that are trained are kept in float32, whatever precision they are multiplied in; adapted ones need not be.

@@ -78,7 +78,7 @@ def test_brevity_says_nothing_of_thinking_or_of_tasks_without_a_cap():
 
 @pytest.mark.parametrize("cap", [0, -1, math.nan, {"sums": 0}, {"sums": None}])
 def test_a_cap_is_a_number_of_tokens(cap):
-    with pytest.raises(ValueError, match="brevity: found a soft cap of .* above 0"):
+    with pytest.raises(ValueError, match=r"brevity: found a soft cap of .* above 0"):
         brevity(cap)
 
 

@@ -16,6 +16,11 @@ from collections.abc import Mapping, Sequence
 _PR_SET_PDEATHSIG = 1
 
 
+def usable_cores() -> int:
+    """The cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def ensure_processes() -> None:
     """Replace this process by the processes that `accelerate launch` was asked for, if it started only one on a CPU.
 
