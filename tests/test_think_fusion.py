@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole recipe: which stages run, from what, when again, and what is told when one cannot."""
 
+import argparse
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,9 @@ import pytest
 import yaml
 
 from tests.test_recipes import ONE_THREAD
+from thinkfusion import ThinkFusionConfig, ThinkFusionGRPOConfig
+from thinkfusion.evaluate_verb import evaluate_flags
+from thinkfusion.flags import fuse_flags
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -195,6 +200,41 @@ def test_a_stage_that_fails_says_where_to_look(plan):
 def test_wrong_configurations(plan, settings, message):
     with pytest.raises(StageError, match=message):
         plan(**settings)
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen3_30b_a3b"])
+def test_every_setting_of_a_configuration_is_a_flag_of_its_command(name, tmp_path, monkeypatch):
+    config = ROOT / "recipes" / "configs" / f"think_fusion_{name}.yaml"
+    data = yaml.safe_load(config.read_text())["data"]
+    monkeypatch.chdir(tmp_path)
+    for path in [] if data == "tasks" else data.values():
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["think_fusion.py", "--config", str(config)])
+    given = read_plan()
+    known = {
+        "sft_overlap": {*ThinkFusionConfig.__dataclass_fields__, *flags_of(ROOT / "recipes" / "sft.py")},
+        "rl": {*ThinkFusionGRPOConfig.__dataclass_fields__, *flags_of(ROOT / "recipes" / "rl.py")},
+    }
+    for stage, names in known.items():
+        assert set(given.settings[stage]) <= names
+    parser = argparse.ArgumentParser()
+    fuse_flags(parser)
+    parser.parse_args(["one", "two", "--output", "out", *think_fusion.as_flags(given.settings["merge"])])
+    parser = argparse.ArgumentParser()
+    evaluate_flags(parser)
+    _, rest = parser.parse_known_args(["one", *think_fusion.as_flags(given.settings["evaluation"])])
+    assert set(rest[::2]) <= {"--max_new_tokens", "--temperature"}
+    if given.accelerate_config:
+        assert (ROOT / given.accelerate_config).is_file()
+    replies = given.settings["rl"]["per_device_train_batch_size"] * given.settings["rl"].get(
+        "gradient_accumulation_steps", 1
+    )
+    assert replies % (2 * given.settings["rl"]["num_generations"]) == 0
+
+
+def flags_of(script):
+    return runpy.run_path(str(script))["RecipeArguments"].__dataclass_fields__
 
 
 def test_embedded_rows_share_no_question_and_hold_a_task_out(plan):
