@@ -113,20 +113,16 @@ def trainers(options: argparse.Namespace, folder: str) -> dict[str, GRPOTrainer]
         for number, mode in enumerate(MODES)
     ]
 
-    # TRL's own way to write the same two rewards.
-    def right(completion_ids: Any, prompt_number: Any, mode: Any, **_: Any) -> list[float]:
-        given = zip(completion_ids, prompt_number, mode, strict=True)
-        return [
-            correctness(prompts[number], split_reply(ids, Mode(each), tokenizer=tokenizer))
-            for ids, number, each in given
-        ]
+    # TRL's own way to write the same two rewards; the second finds the replies as the first has split them.
+    split: list[Any] = []
 
-    def form(completion_ids: Any, prompt_number: Any, mode: Any, **_: Any) -> list[float]:
-        given = zip(completion_ids, prompt_number, mode, strict=True)
-        return [
-            format_reward(prompts[number], split_reply(ids, Mode(each), tokenizer=tokenizer))
-            for ids, number, each in given
-        ]
+    def right(completion_ids: Any, prompt_number: Any, mode: Any, **_: Any) -> list[float]:
+        given = zip(completion_ids, mode, strict=True)
+        split[:] = [split_reply(ids, Mode(each), tokenizer=tokenizer) for ids, each in given]
+        return [correctness(prompts[number], reply) for number, reply in zip(prompt_number, split, strict=True)]
+
+    def form(prompt_number: Any, **_: Any) -> list[float]:
+        return [format_reward(prompts[number], reply) for number, reply in zip(prompt_number, split, strict=True)]
 
     plain = GRPOTrainer(
         random_model(options, len(tokenizer)),
