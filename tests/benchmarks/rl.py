@@ -131,6 +131,8 @@ def trainers(options: argparse.Namespace, folder: str) -> dict[str, GRPOTrainer]
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+    # The same prompts in the same steps: others would be padded to another length.
+    plain._get_train_sampler = ThinkFusionGRPOTrainer._get_train_sampler.__get__(plain)
     return {"ours": ours, "plain": plain}
 
 
