@@ -174,8 +174,8 @@ def test_figures_by_mode(able, tokenizer, tmp_path):
         Mode.THINKING: ["Two.</think>4<|im_end|>", "4<|im_end|>", "Two.</think>5<|im_end|>", "Two. Three."],
         Mode.NON_THINKING: ["4<|im_end|>", "4<|im_end|>", "4</think>4<|im_end|>", "7<|im_end|>"],
     }
-    # Each mode is generated in a batch of its own, in the order of MODES.
-    canned(trainer, tokenizer, [text for mode in MODES for text in texts[mode] * 2])
+    # The replies to a prompt in one mode are followed by those in the other.
+    canned(trainer, tokenizer, [text for mode in MODES for text in texts[mode]])
     scored(trainer)
     found = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     # Right: 2 of 4 in thinking mode, one of them without its trace; 3 of 4 in the other, one of them with a tag.

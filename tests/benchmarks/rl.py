@@ -8,9 +8,6 @@ modes; plain: the same rendered prompts as a data set), as many generations of a
 and rewards of the same work. A block of steps of one is followed by a block of the other, in an order that changes;
 what is printed is the ratio of their times, ours over plain: the median over pairs of blocks, with its standard error
 from the quartiles. The model is random and every reply is as long as allowed, so that both do the same work.
-
-`--split` lets ours generate each mode in a batch of its own, as it does; without it, both generate one batch, and what
-is measured is what our own code costs.
 """
 
 import argparse
@@ -105,8 +102,6 @@ def trainers(options: argparse.Namespace, folder: str) -> dict[str, GRPOTrainer]
         train_dataset=prompts,
         processing_class=tokenizer,
     )
-    if not options.split:
-        ours._generate_single_turn = lambda *args, **kwargs: GRPOTrainer._generate_single_turn(ours, *args, **kwargs)
     rows = [
         {"prompt": tokenizer.decode(ours._prompt_ids[2 * place + number]), "prompt_number": place, "mode": str(mode)}
         for place in range(len(prompts))
@@ -187,7 +182,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2, help="of a block (default 2)")
     parser.add_argument("--pairs", type=int, default=20, help="of blocks (default 20)")
-    parser.add_argument("--split", action="store_true", help="let ours generate each mode in a batch of its own")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu, with one thread: beside other work")
     parser.add_argument("--json", type=Path, help="write the figures here")
