@@ -30,6 +30,7 @@ import yaml
 from stage_table import MODES, draw, draw_sweeps, figures, percent, table
 
 from thinkfusion import generate_samples, task_prompts
+from thinkfusion.tasks import LANGUAGES, TASKS
 
 RECIPES = Path(__file__).parent
 DEFAULT_CONFIG = RECIPES / "configs" / "think_fusion_tiny.yaml"
@@ -147,40 +148,41 @@ def files_of(plan: Plan, seed: int) -> dict[str, Path]:
     """The files of rows and prompts; those of the embedded tasks are written here, no question in two of them."""
     if isinstance(plan.data, dict):
         return {name: Path(plan.data[name]) for name in FILES}
-    from thinkfusion.tasks import TASKS
-
-    answered = [task for task in TASKS if task not in plan.held_out]
+    names = [f"{task}_{language}" for task in TASKS for language in LANGUAGES]
+    if unknown := [name for name in plan.held_out if name not in names]:
+        raise StageError(f"held_out: {', '.join(unknown)} is unknown; choose some of {', '.join(names)}.")
+    answered = [name for name in names if name not in plan.held_out]
     taken: set[str] = set()
 
-    def draw(name: str, tasks: list[str]) -> list[Any]:
-        count = plan.rows[name]
-        drawn = generate_samples(2 * count, seed=100 * seed + FILES.index(name), tasks=tasks)
+    def draw(kind: str, among: list[str], count: int) -> list[Any]:
+        """`count` samples of the tasks `among`, of which no question was drawn before."""
+        seed_of_kind, wanted = 100 * seed + FILES.index(kind), len(names) * count
+        drawn = [one for one in generate_samples(wanted, seed=seed_of_kind) if one.name in among]
         fresh = [one for one in drawn if one.question not in taken][:count]
         taken.update(one.question for one in fresh)
         return fresh
 
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in ("thinking", "non_thinking", "overlap"):
-        drawn = draw(name, answered)
         rows[name] = [
             {
                 "question": one.question,
                 "reasoning": "" if name == "non_thinking" else one.reasoning,
                 "answer": one.answer,
             }
-            for one in drawn
+            for one in draw(name, answered, plan.rows[name])
         ]
     # Half of the prompts of RL are of the tasks that were held out.
-    half = {**plan.rows, "rl": plan.rows["rl"] // (2 if plan.held_out else 1)}
-    drawn = [*draw("rl", answered)[: half["rl"]], *(draw("rl", plan.held_out)[: half["rl"]] if plan.held_out else [])]
+    held = plan.rows["rl"] // 2 if plan.held_out else 0
+    drawn = [*draw("rl", answered, plan.rows["rl"] - held), *draw("rl", plan.held_out, held)]
     rows["rl"] = [
-        {"prompt": one.question, "answer": one.solution, "task": one.task, "language": one.language} for one in drawn
+        {"prompt": one.question, "answer": one.solution, "task": one.name, "language": one.language} for one in drawn
     ]
     rows["evaluation"] = [
         {
             "prompt": one.question,
             "answer": one.solution,
-            "task": one.task.removesuffix(f"_{one.language}"),
+            "task": one.task,
             "language": one.language,
         }
         for one in task_prompts(plan.rows["evaluation"], seed=0)

@@ -50,7 +50,7 @@ def plan(tmp_path, monkeypatch):
 
     def make(*flags, **settings):
         given = {"model": "tiny-base", "output_dir": str(tmp_path / "out"), "seeds": [0], "data": "tasks"}
-        given |= {"rows": ROWS, "held_out": ["dial"], "common_sft": {"max_steps": 2}, **settings}
+        given |= {"rows": ROWS, "held_out": ["dial_ko"], "common_sft": {"max_steps": 2}, **settings}
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump(given))
         monkeypatch.setattr(sys, "argv", ["think_fusion.py", "--config", str(config), *flags])
@@ -194,12 +194,13 @@ def test_a_stage_that_fails_says_where_to_look(plan):
     ("settings", "message"),
     [
         ({"sft_both": {}}, "config: .* has sft_both, expected some of"),
+        ({"held_out": ["dial"]}, "held_out: dial is unknown; choose some of running_sum_en,"),
         ({"data": {"thinking": "nowhere.jsonl"}}, "data: no file for thinking, non_thinking, overlap, rl, evaluation"),
     ],
 )
 def test_wrong_configurations(plan, settings, message):
     with pytest.raises(StageError, match=message):
-        plan(**settings)
+        files_of(plan(**settings), 0)
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen3_30b_a3b"])
@@ -245,11 +246,11 @@ def test_embedded_rows_share_no_question_and_hold_a_task_out(plan):
     assert len(asked) == len(set(asked))
     assert all(row["reasoning"] for name in ("thinking", "overlap") for row in rows[name])
     assert not any(row["reasoning"] for row in rows["non_thinking"])
-    assert sum(row["task"].startswith("dial") for row in rows["rl"]) == 8
-    assert {row["task"] for row in rows["evaluation"]} == {"running_sum", "dial", "maximum", "reversal"}
-    dials = {row["prompt"] for row in rows["evaluation"] if row["task"] == "dial"}
-    assert not any("dial" in row["question"].lower() for name in MODES for row in rows[name])
-    assert dials
+    assert sum(row["task"] == "dial_ko" for row in rows["rl"]) == 8
+    assert sum(row["task"] == "dial_ko" for row in rows["evaluation"]) == 2
+    answered = [row["question"] for name in ("thinking", "non_thinking", "overlap") for row in rows[name]]
+    assert not any("다이얼" in question for question in answered)
+    assert any("dial" in question for question in answered)
 
 
 def test_the_table_tells_the_held_out_task_apart():
