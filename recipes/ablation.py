@@ -50,7 +50,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
 RECIPES = (TRL, *MIXTURES, MERGE, MERGE_PAIRED)
 MODES = ("thinking", "non_thinking")
 BATCH, LEARNING_RATE, MAX_NEW_TOKENS = 8, 1.5e-3, 128
-SWEEP = [round(0.1 * step, 1) for step in range(11)]
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class Job:
     samples: int
     """Prompts per mode of the evaluation; a third of them at each ratio of a sweep."""
     domains: str
+    sweep: str
     folder: str
 
     @property
@@ -205,6 +205,7 @@ def train_with_trl(job: Job) -> tuple[Any, Any, int]:
 def train_and_merge(job: Job) -> tuple[Any, Any, int, float]:
     """Both modes on their own, then the best ratio by a sweep; for the last recipe then pairs, with a fifth."""
     from thinkfusion import export_checkpoint, load_checkpoint, sweep_and_fuse, task_prompts
+    from thinkfusion.sweeping import ratios_of
 
     work = Path(job.folder, "work", f"{job.recipe}-{job.scheme}-{job.seed}")
     share = 0.5 if job.recipe == MERGE else 0.4
@@ -219,7 +220,7 @@ def train_and_merge(job: Job) -> tuple[Any, Any, int, float]:
         work / "thinking",
         work / "non_thinking",
         work / "fused",
-        SWEEP,
+        ratios_of(job.sweep),
         prompts=prompts,
         samples=len(prompts),
         max_new_tokens=MAX_NEW_TOKENS,
@@ -387,12 +388,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many (default 3; 1 with --quick)")
     parser.add_argument("--tokens", type=int, help="trained tokens of each recipe (default 100,000; 60,000)")
     parser.add_argument("--samples", type=int, help="prompts per mode (default 480; 240)")
+    parser.add_argument("--sweep", default="0:1:0.1", help="ratios of the merges (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rows at a time (default: cores)")
     options = parser.parse_args()
     seeds = options.seeds or (1 if options.quick else 3)
     tokens = options.tokens or (60_000 if options.quick else 100_000)
     samples = options.samples or (240 if options.quick else 480)
-    setting = {"tokens": tokens, "samples": samples, "domains": options.domains}
+    setting = {"tokens": tokens, "samples": samples, "domains": options.domains, "sweep": options.sweep}
     jobs = jobs_of(options.output, options.recipes, seeds, setting)
     kept = options.output / "jobs" / "setting.json"
     if kept.is_file() and json.loads(kept.read_text()) != setting:

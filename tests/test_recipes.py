@@ -393,7 +393,8 @@ def test_the_example_switches_turn_by_turn(trained, capsys, monkeypatch):
 
 def test_the_ablation_trains_and_measures_its_rows(tmp_path):
     """TRL's own trainer, and the longest of the others; the next call reads what is there."""
-    flags = ["--recipes", "trl", "merge_then_paired", "--tokens", "800", "--samples", "8", "--seeds", "1"]
+    flags = ["--recipes", "trl", "merge_then_paired", "--tokens", "1600", "--samples", "8", "--seeds", "1"]
+    flags += ["--sweep", "0.5:1:0.5"]
     command = [sys.executable, str(ROOT / "recipes" / "ablation.py"), "--output", str(tmp_path), *flags]
 
     def run(*more):
@@ -410,7 +411,7 @@ def test_the_ablation_trains_and_measures_its_rows(tmp_path):
         *(("merge_then_paired", name, 0) for name in ("control", "empty-block")),
     }
     for row in results:
-        assert 700 <= row["trained_tokens"] <= 900
+        assert 1400 <= row["trained_tokens"] <= 1800
         assert (row["ratio"] is None) == (row["recipe"] == "trl")
         for mode in ("thinking", "non_thinking"):
             assert {"format_error", "accuracy_seen", "accuracy_unseen", "tokens"} <= set(row["modes"][mode])
