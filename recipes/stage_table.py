@@ -105,7 +105,7 @@ def draw(results: list[dict[str, Any]], order: tuple[str, ...], path: Path) -> N
                 label=mode.replace("_", "-"),
             )
             panel.plot([at for at, _ in points], [value for _, value in points], "o", color=colour, markersize=4)
-        panel.set(title=title, ylim=(-3, 103))
+        panel.set(title=f"{title}, %", ylim=(-3, 103))
         panel.set_xticks(range(len(stages)), [stage.replace("_", "\n", 1) for stage in stages], fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
