@@ -46,6 +46,8 @@ DATA_OF = {
 }
 DATA_OF["rl"] = "rl"
 MIXTURE_OF = {"sft_thinking": "thinking", "sft_non_thinking": "non_thinking", "sft_overlap": "paired"}
+SETTINGS = ("model", "output_dir", "seeds", "seeds_at_once", "data", "rows", "held_out", "common_sft")
+SETTINGS += ("accelerate_config", "push_to")
 LAUNCHER = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -72,6 +74,8 @@ class Plan:
     held_out: list[str]
     """Tasks without a worked answer in the SFT, whose prompts RL has."""
     accelerate_config: str | None
+    push_to: str | None
+    """A repository of the Hub: the last stage of the first seed is uploaded there, private, with its report."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Flags of each stage's command, and of `evaluation`."""
 
@@ -89,23 +93,20 @@ def read_plan() -> Plan:
         "--skip", nargs="+", choices=STAGES, default=[], help="leave these out: the next goes on without"
     )
     parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--push_to", metavar="REPO", help="upload the last stage's checkpoint of the first seed there")
     flags = parser.parse_args()
     try:
         given = yaml.safe_load(flags.config.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise StageError(f"config: {flags.config} could not be read: {error}") from None
-    known = {
-        "model",
-        "output_dir",
-        "seeds",
-        "seeds_at_once",
-        "data",
-        "rows",
-        "held_out",
-        "accelerate_config",
-        "common_sft",
-    }
-    known |= {"evaluation", *STAGES}
+    if not isinstance(given, dict):
+        raise StageError(
+            f"config: {flags.config} holds no settings; begin with recipes/configs/think_fusion_tiny.yaml."
+        )
+    missing = [name for name in ("model", "output_dir") if not (given.get(name) or getattr(flags, name))]
+    if missing:
+        raise StageError(f"config: {flags.config} lacks {', '.join(missing)}; add it, or give it as a flag.")
+    known = {"evaluation", *SETTINGS, *STAGES}
     unknown = sorted(set(given) - known)
     if unknown:
         raise StageError(
@@ -113,9 +114,9 @@ def read_plan() -> Plan:
         )
     data = given.get("data", EMBEDDED)
     if data != EMBEDDED:
-        missing = [name for name in FILES if not Path(data.get(name, "")).is_file()]
-        if missing:
-            raise StageError(f"data: no file for {', '.join(missing)}; name one for each of {', '.join(FILES)}.")
+        absent = [name for name in FILES if not Path(data.get(name, "")).is_file()]
+        if absent:
+            raise StageError(f"data: no file for {', '.join(absent)}; name one for each of {', '.join(FILES)}.")
     common = given.get("common_sft") or {}
     settings = {stage: dict(given.get(stage) or {}) for stage in (*STAGES, "evaluation")}
     settings |= {stage: {**common, **settings[stage]} for stage in MIXTURE_OF}
@@ -130,6 +131,7 @@ def read_plan() -> Plan:
         rows=given.get("rows") or {},
         held_out=list(given.get("held_out") or []),
         accelerate_config=given.get("accelerate_config"),
+        push_to=flags.push_to or given.get("push_to"),
         settings=settings,
     )
 
@@ -416,6 +418,10 @@ def main() -> None:
     print(f"Written: {plan.output}/think_fusion.json, .md, .png and sweep.png; {time.monotonic() - begun:.0f} s")
     if failed:
         sys.exit("\n".join(failed))
+    if plan.push_to:
+        last = Stage(plan, plan.chosen[-1], plan.seeds[0], {})
+        last.call([*thinkfusion("push"), str(last.folder), plan.push_to])
+        print(f"Uploaded: {last.folder} to {plan.push_to}")
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def test_a_stage_that_fails_says_where_to_look(plan):
     ("settings", "message"),
     [
         ({"sft_both": {}}, "config: .* has sft_both, expected some of"),
+        ({"model": None}, "config: .* lacks model; add it, or give it as a flag"),
         ({"held_out": ["dial"]}, "held_out: dial is unknown; choose some of running_sum_en,"),
         ({"data": {"thinking": "nowhere.jsonl"}}, "data: no file for thinking, non_thinking, overlap, rl, evaluation"),
     ],
@@ -271,7 +272,7 @@ def test_the_table_tells_the_held_out_task_apart():
 
 
 def test_the_names_that_scripts_call(plan, calls, monkeypatch, capsys):
-    made = plan(seeds=[0, 1], seeds_at_once=2)
+    made = plan("--push_to", "owner/name", seeds=[0, 1], seeds_at_once=2)
     monkeypatch.setattr(think_fusion, "read_plan", lambda: made)
     think_fusion.main()
     output = plan().output
@@ -283,6 +284,7 @@ def test_the_names_that_scripts_call(plan, calls, monkeypatch, capsys):
             assert {"format_error", "leakage", "accuracy", "tokens", "held_out_accuracy"} <= set(figures)
     assert (output / "think_fusion.md").read_text().strip() in capsys.readouterr().out
     assert (output / "think_fusion.png").read_bytes().startswith(b"\x89PNG")
+    assert calls[-1][1][3:] == ["push", str(output / "seed_0" / "rl"), "owner/name"]
 
 
 def test_paired_sft_and_rl_for_real(tmp_path):
