@@ -35,7 +35,7 @@ $(VENV)/.quantise: $(VENV)/.installed
 	touch $@
 
 test: setup $(VENV)/.quantise
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 # The third engine that templates are tested in; without npm its tests are skipped, and say so.
 engines: setup
