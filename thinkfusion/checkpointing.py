@@ -72,6 +72,24 @@ def load_checkpoint(
         return _load_model(source, dtype, revision, trust_remote_code), tokenizer
 
 
+def checkpoint_to_train(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, *, narrow: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A trainer's model and tokenizer; those of a name are loaded, and a tokenizer that was given goes before.
+
+    narrow: keep a checkpoint's own precision, since adapters alone train; else weights are float32, whatever
+    precision they are multiplied in.
+
+    Raises ValueError for a model without a tokenizer, and as `load_checkpoint`.
+    """
+    if isinstance(model, str):
+        model, loaded = load_checkpoint(model, dtype="auto" if narrow else "float32")
+        tokenizer = tokenizer or loaded
+    if tokenizer is None:
+        raise ValueError("processing_class: missing; give the tokenizer of the model.")
+    return model, tokenizer
+
+
 def _commit(source: str, revision: str | None, trust_remote_code: bool) -> str | None:
     """The commit that a branch or tag of a Hub repository stands for now."""
     from transformers import AutoConfig

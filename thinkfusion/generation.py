@@ -255,7 +255,7 @@ class Sampling(NamedTuple):
 
 
 @contextmanager
-def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
+def ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no router logits (they fail with left padding), a cache; all put back afterwards."""
     config = model.config.get_text_config()
     training, logits = model.training, getattr(config, "output_router_logits", None)
@@ -296,7 +296,7 @@ def generate(
     ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     mask = (torch.arange(length, device=model.device) >= length - lengths[:, None]).long()
-    with _ready_to_generate(model), torch.no_grad():
+    with ready_to_generate(model), torch.no_grad():
         ends = reply_ends(model, tokenizer, get_scheme(scheme))
         out = model.generate(
             input_ids=ids,
@@ -395,7 +395,7 @@ def stream_reply(
 
     def work() -> None:
         try:
-            with _ready_to_generate(model), torch.no_grad():
+            with ready_to_generate(model), torch.no_grad():
                 inputs = torch.tensor([ids], device=model.device)
                 model.generate(
                     input_ids=inputs,

@@ -20,9 +20,9 @@ from trl.trainer.utils import RepeatSampler
 from thinkfusion.balance import Balancer, BiasUpdate
 from thinkfusion.callbacks import GradientCheck, RoutingCallback
 from thinkfusion.chat_templates import installed_template
-from thinkfusion.checkpointing import load_checkpoint
+from thinkfusion.checkpointing import checkpoint_to_train
 from thinkfusion.conversations import DataError
-from thinkfusion.generation import Prompter, _ready_to_generate, reply_ends
+from thinkfusion.generation import Prompter, ready_to_generate, reply_ends
 from thinkfusion.grpo_configuration import MOST_NEW_TOKENS, ThinkFusionGRPOConfig
 from thinkfusion.modes import Mode, Reply, split_reply
 from thinkfusion.prompts import EvaluationPrompt, read_prompts
@@ -30,7 +30,7 @@ from thinkfusion.rewards import DEFAULT_REWARDS, Reward, check_rewards, reward_n
 from thinkfusion.routing import RouteCounter
 from thinkfusion.sequences import MODES
 from thinkfusion.trainable import frozen_rows, lora_config, set_trainable
-from thinkfusion.training import _check_what_trains, _give_bias, _ModeSums
+from thinkfusion.training import ModeSums, check_what_trains, give_bias
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +76,7 @@ class ThinkFusionGRPOTrainer(GRPOTrainer):
         refused = [name for name in NOT_OURS if kwargs.get(name) is not None]
         if refused:
             raise ValueError(f"{', '.join(refused)}: not for ThinkFusionGRPOTrainer. Give it functions as rewards.")
-        if isinstance(model, str):
-            # Weights that are trained are kept in float32, whatever precision they are multiplied in.
-            model, loaded = load_checkpoint(model, dtype="auto" if args.bf16 and peft_config else "float32")
-            processing_class = processing_class or loaded
-        if processing_class is None:
-            raise ValueError("processing_class: missing; give the tokenizer of the model.")
-        tokenizer = processing_class
+        model, tokenizer = checkpoint_to_train(model, processing_class, narrow=bool(args.bf16 and peft_config))
         self._prompter = _both_modes(tokenizer, model)
         self._own_rewards: list[Reward] = [rewards] if callable(rewards) else list(rewards)
         self._prompts: list[EvaluationPrompt] = []
@@ -102,7 +96,7 @@ class ThinkFusionGRPOTrainer(GRPOTrainer):
         self._routes: RouteCounter | None = None
         self._inputs: dict[str, Any] | None = None
         self.signalled = False
-        self._entropies = {"train": _ModeSums(), "eval": _ModeSums()}
+        self._entropies = {"train": ModeSums(), "eval": ModeSums()}
         super().__init__(
             model=model,
             args=args,
@@ -124,7 +118,7 @@ class ThinkFusionGRPOTrainer(GRPOTrainer):
         if args.routing_steps:
             self._routes = RouteCounter(self.model)
             self.add_callback(RoutingCallback(self, self._routes, every_steps=args.routing_steps))
-        _give_bias(self.model)
+        give_bias(self.model)
 
     # Prompts
 
@@ -184,7 +178,7 @@ class ThinkFusionGRPOTrainer(GRPOTrainer):
         Both modes share a batch. One for each would save a fifth of the time where non-thinking replies are much the
         shorter and a CPU is the limit, and cost up to as much where they are not.
         """
-        with _ready_to_generate(self.accelerator.unwrap_model(self.model)):
+        with ready_to_generate(self.accelerator.unwrap_model(self.model)):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _split(self, ids: Sequence[int], mode: Mode) -> Reply:
@@ -291,7 +285,7 @@ class ThinkFusionGRPOTrainer(GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the entropy of each mode since the last log, over all processes, and the balance of experts."""
         name = "train" if self.model.training else "eval"
-        sums, self._entropies[name] = self._entropies[name], _ModeSums()
+        sums, self._entropies[name] = self._entropies[name], ModeSums()
         totals, counts = sums.totals(self.accelerator)
         prefix = "" if name == "train" else "eval_"
         for mode, total, count in zip(MODES, totals, counts, strict=True):
@@ -388,7 +382,7 @@ def _set_what_trains(
     if peft_config is None and not isinstance(model, PeftModel):
         set_trainable(model, **args.kinds_that_train(lora=False), control_ids=control_ids)
     if len(control_ids) > 1:
-        _check_what_trains(model, peft_config, control_ids)
+        check_what_trains(model, peft_config, control_ids)
     return peft_config
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from thinkfusion.balance import Balancer, BiasUpdate
 from thinkfusion.callbacks import GradientCheck, RoutingCallback
 from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template
-from thinkfusion.checkpointing import load_checkpoint
+from thinkfusion.checkpointing import checkpoint_to_train
 from thinkfusion.configuration import ThinkFusionConfig
 from thinkfusion.control_tokens import control_rows, multiply_updates, weigh_closing_token
 from thinkfusion.conversations import Conversation
@@ -66,13 +66,7 @@ class ThinkFusionTrainer(HubTrainer):
     ) -> None:
         if not isinstance(args, ThinkFusionConfig):
             raise TypeError(f"args: found {type(args).__name__}, expected a ThinkFusionConfig.")
-        if isinstance(model, str):
-            # Weights that are trained are kept in float32, whatever precision they are multiplied in.
-            model, loaded = load_checkpoint(model, dtype="auto" if args.bf16 and peft_config else "float32")
-            processing_class = processing_class or loaded
-        if processing_class is None:
-            raise ValueError("processing_class: missing; give the tokenizer of the model.")
-        tokenizer = processing_class
+        model, tokenizer = checkpoint_to_train(model, processing_class, narrow=bool(args.bf16 and peft_config))
         template = _installed(tokenizer, model, args)
         self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in template.dialect.control_tokens]
         self._closing_id = tokenizer.convert_tokens_to_ids(template.scheme.closing_token)
@@ -80,7 +74,7 @@ class ThinkFusionTrainer(HubTrainer):
             peft_config = lora_config(model, tokenizer, **args.kinds_that_train(lora=True))
         if peft_config is None and not isinstance(model, PeftModel):
             set_trainable(model, **args.kinds_that_train(lora=False), control_ids=self._control_ids)
-        _check_what_trains(model, peft_config, self._control_ids)
+        check_what_trains(model, peft_config, self._control_ids)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if args.max_length is not None and limit is not None and args.max_length > limit:
             raise ValueError(f"max_length: {args.max_length:,} is more than the model's {limit:,} positions.")
@@ -101,7 +95,7 @@ class ThinkFusionTrainer(HubTrainer):
         self._step_factors: torch.Tensor | None = None
         self._balancer: Balancer | None = None
         self._routes: RouteCounter | None = None
-        self._mode_sums = {"train": _ModeSums(), "eval": _ModeSums()}
+        self._mode_sums = {"train": ModeSums(), "eval": ModeSums()}
         self._mode_tokens = dict.fromkeys(MODES, 0)
         super().__init__(
             model=model,
@@ -121,7 +115,7 @@ class ThinkFusionTrainer(HubTrainer):
         if args.routing_steps:
             self._routes = RouteCounter(self.model)
             self.add_callback(RoutingCallback(self, self._routes, every_steps=args.routing_steps))
-        _give_bias(self.model)
+        give_bias(self.model)
         if self.sequence_layout != "padded":
             self.train_dataset = self._rows(train_dataset, args.train_batch_size)
             self.eval_dataset = None if eval_dataset is None else self._rows(eval_dataset, args.eval_batch_size)
@@ -301,7 +295,7 @@ class ThinkFusionTrainer(HubTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the per-mode figures since the last log, over all processes."""
         name = "train" if self.model.training else "eval"
-        sums, self._mode_sums[name] = self._mode_sums[name], _ModeSums()
+        sums, self._mode_sums[name] = self._mode_sums[name], ModeSums()
         losses, counts = sums.totals(self.accelerator)
         prefix = "" if name == "train" else "eval_"
         if name == "eval" and "eval_loss" in logs and any(counts):
@@ -351,7 +345,7 @@ def _installed(
     return template
 
 
-def _check_what_trains(model: PreTrainedModel, peft_config: Any, control_ids: list[int]) -> None:
+def check_what_trains(model: PreTrainedModel, peft_config: Any, control_ids: list[int]) -> None:
     """Refuse full fine-tuning in 4 bits, and adapters that leave new control tokens as they were added: all equal."""
     if peft_config is None and not isinstance(model, PeftModel) and is_quantised(model):
         raise ValueError(
@@ -371,7 +365,7 @@ def _check_what_trains(model: PreTrainedModel, peft_config: Any, control_ids: li
         )
 
 
-def _give_bias(model: Any) -> None:
+def give_bias(model: Any) -> None:
     """TRL's fused head reads `bias`, which peft's wrapper of a layer without one lacks (trl 1.16, peft 0.21)."""
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
@@ -415,7 +409,7 @@ def _possible_layout(model: PreTrainedModel, args: ThinkFusionConfig) -> str:
     return args.sequence_layout
 
 
-class _ModeSums:
+class ModeSums:
     """Summed loss and trained tokens of each mode, on the device until they are asked for."""
 
     def __init__(self) -> None:
