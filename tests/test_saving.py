@@ -528,8 +528,8 @@ PROGRAM = Path(__file__).parent / "soak" / "kill_resume.py"
 
 
 def test_killed_runs_go_on_exactly_and_two_processes_too(tmp_path):
-    """The soak in short: one kill in training and one in a save, a kill of two processes in a later epoch."""
-    for processes, kills, steps, seed in ((1, 2, 9, 5), (2, 1, 12, 4)):
+    """The soak in short: a kill in training and one in a save, and two kills of two processes."""
+    for processes, kills, steps, seed in ((1, 2, 9, 5), (2, 2, 12, 4)):
         found = tmp_path / f"{processes}.json"
         ran = subprocess.run(
             [
