@@ -171,6 +171,9 @@ def test_a_stopped_launcher_leaves_a_checkpoint_that_is_gone_on_from(tmp_path):
     done = launch(*flags, "--max_steps", str(steps), "--resume", "true")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.safetensors").is_file()
+    again = launch(*flags, "--max_steps", "1")
+    assert again.returncode == 1
+    assert f"output_dir: found {saved}, of an earlier run" in again.stderr
 
 
 def wait_until(found, seconds=120):
