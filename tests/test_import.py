@@ -32,6 +32,7 @@ ORDER = [
         *("grading", "intervals", "prompts", "rewards", "replying", "leakage", "transcripts", "obedience", "flipping"),
         *("budget_curve", "probing", "mode_verdict", "evaluation", "digests", "reporting", "comparing", "report_plots"),
         *("report_page", "harness", "preferences", "appending"),
+        *("endpoint", "endpoint_presets", "endpoint_reading", "endpoint_replying"),
     ),
     *(
         "checkpointing",
@@ -61,6 +62,7 @@ ORDER = [
         "inspecting",
         "displaying",
         "flags",
+        "endpoint_verb",
         "evaluate_verb",
         "pairs_verb",
         "cli",

@@ -11,9 +11,9 @@ from thinkfusion.flipping import measure_flip
 from thinkfusion.generation import Sampling
 from thinkfusion.intervals import wilson_interval
 from thinkfusion.modes import CONTROL, EMPTY_BLOCK
-from thinkfusion.obedience import CELLS, Cell, announced, describe, measure_obedience, shown_mode
+from thinkfusion.obedience import CELLS, Cell, describe, measure_obedience
 from thinkfusion.probing import measure_probe
-from thinkfusion.replying import Replier
+from thinkfusion.replying import Replier, announced, shown_mode
 
 THINKING, NON_THINKING = Mode.THINKING, Mode.NON_THINKING
 PROMPTS = [EvaluationPrompt(({"role": "user", "content": f"Question {n}?"},), str(n)) for n in range(3)]

@@ -10,7 +10,7 @@ from thinkfusion.grading import judge
 from thinkfusion.intervals import mean, rate
 from thinkfusion.modes import Mode
 from thinkfusion.prompts import EvaluationPrompt
-from thinkfusion.replying import Job, Replier
+from thinkfusion.replying import Asked
 
 DEFAULT_BUDGETS = (8, 16, 32, 64, 128)
 
@@ -24,21 +24,21 @@ def parse_budgets(text: str) -> tuple[int, ...]:
 
 
 def measure_budgets(
-    replier: Replier, prompts: Sequence[EvaluationPrompt], budgets: Sequence[int]
+    replier: Asked, prompts: Sequence[EvaluationPrompt], budgets: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Reply to the prompts in thinking mode at each budget.
 
     One entry for each: `budget`, `samples`, and with intervals `within` (the share of traces of at most that many
     tokens and the one that closes them), `accuracy`, `format_error`, `reasoning_tokens`.
     """
-    jobs = [Job(replier.prompter.prompt_ids(prompt.messages, Mode.THINKING), Mode.THINKING) for prompt in prompts]
+    jobs = [replier.job(prompt.messages, Mode.THINKING) for prompt in prompts]
     curve = []
     for budget in budgets:
         replies = replier.replies(jobs, thinking_budget=budget, label=f"budget {budget}")
         marks = [
             judge(reply.answer, prompt.solution, prompt.grader)
             for prompt, reply in zip(prompts, replies, strict=True)
-            if prompt.solution is not None
+            if prompt.solution is not None and reply.kind != "unanswered"
         ]
         curve.append(
             {
@@ -46,7 +46,7 @@ def measure_budgets(
                 "samples": len(replies),
                 **rate("within", [(reply.reasoning_tokens or 0) <= budget + 1 for reply in replies]),
                 **rate("accuracy", marks),
-                **rate("format_error", [reply.format_error for reply in replies if reply.kind != "truncated"]),
+                **rate("format_error", [reply.format_error for reply in replies if reply.judged]),
                 **mean("reasoning_tokens", [reply.reasoning_tokens or 0 for reply in replies]),
             }
         )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from thinkfusion.evaluation import ModeReport
 from thinkfusion.grading import judge
 from thinkfusion.intervals import Z
-from thinkfusion.modes import Mode
+from thinkfusion.modes import UNJUDGED, Mode
 from thinkfusion.reporting import REPLIES_NAME, REPORT_NAME
 
 SAME = ("max_new_tokens", "temperature", "top_p", "seed")
@@ -95,8 +95,8 @@ def _answered(
 ) -> Answered:
     """`reply` is its answer and its class."""
     answer, kind = reply
-    right = None if solution is None else judge(answer, solution, grader)
-    return Answered(tuple(messages), right, None if kind == "truncated" else kind == "ok")
+    right = None if solution is None or kind == "unanswered" else judge(answer, solution, grader)
+    return Answered(tuple(messages), right, None if kind in UNJUDGED else kind == "ok")
 
 
 def is_report(name: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from thinkfusion.endpoint_verb import check_flags, endpoint_flags, measure_endpoint
 from thinkfusion.flags import positive
 
 FULL = {"obedience": 20, "flip": 40, "probe": 64}
@@ -18,7 +19,7 @@ FULL_BUDGETS = "8,16,32,64,128"
 
 def evaluate_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags, but for those of generation."""
-    parser.add_argument("checkpoint", help="a folder, or a Hub id")
+    parser.add_argument("checkpoint", nargs="?", help="a folder, or a Hub id; or none, with --endpoint")
     parser.add_argument("--samples", type=positive, default=1000, help="prompts per mode (default 1000)")
     parser.add_argument("--output", help="folder for the report (default: the checkpoint's, if it is one)")
     parser.add_argument("--prompts", help="a file of your own prompts: prompt, question or messages; answer, grader")
@@ -47,6 +48,7 @@ def evaluate_flags(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas; or YAML files")
     more.add_argument("--lm-eval-limit", type=positive, metavar="N", help="at most so many rows of each task")
     more.add_argument("--transcripts", type=positive, default=5, help="failing replies shown of a kind (5)")
+    endpoint_flags(parser)
 
 
 def evaluate_checkpoint(options: argparse.Namespace, load: Callable[[str], tuple[Any, Any]]) -> None:
@@ -61,6 +63,7 @@ def evaluate_checkpoint(options: argparse.Namespace, load: Callable[[str], tuple
     from thinkfusion.report_page import save_page
     from thinkfusion.reporting import measured_lines, mode_table, save_report
 
+    check_flags(options)
     prompts = None
     if options.prompts is not None:
         separator = options.answer_separator
@@ -71,6 +74,8 @@ def evaluate_checkpoint(options: argparse.Namespace, load: Callable[[str], tuple
         raise ValueError("grader: only with --prompts; the embedded tasks have their own.")
     sizes = {name: getattr(options, name) or (FULL[name] if options.full else 0) for name in FULL}
     given = FULL_BUDGETS if options.full and options.budgets is None else options.budgets
+    if options.endpoint is not None and options.full and options.budgets is None and options.budget_field is None:
+        given = None
     budgets = () if given is None else parse_budgets(given)
     tasks = options.lm_eval.split(",") if options.lm_eval else []
     if tasks:
@@ -91,19 +96,17 @@ def evaluate_checkpoint(options: argparse.Namespace, load: Callable[[str], tuple
     elif options.against is not None:
         # First, and only its replies are kept, so that there is one model in memory at a time.
         other = answered(evaluate_modes(*load(options.against), prompts, **asked), options.against)
-    model, tokenizer = load(options.checkpoint)
-    report = evaluate_modes(
-        model,
-        tokenizer,
-        prompts,
-        **asked,
-        obedience=sizes["obedience"],
-        flip=sizes["flip"],
-        probe=sizes["probe"],
-        budgets=budgets,
-    )
+    further: dict[str, Any] = {"obedience": sizes["obedience"], "flip": sizes["flip"], "budgets": budgets}
+    is_folder = options.checkpoint is not None and os.path.isdir(options.checkpoint)
+    output = Path(options.output or (options.checkpoint if is_folder else "."))
+    if options.endpoint is not None:
+        report = measure_endpoint(options, prompts, output, **further)
+    else:
+        model, tokenizer = load(options.checkpoint)
+        report = evaluate_modes(model, tokenizer, prompts, **asked, **further, probe=sizes["probe"])
+    name = options.checkpoint or options.model
     if other is not None:
-        report.measured["comparison"] = compare(answered(report, options.checkpoint), other)
+        report.measured["comparison"] = compare(answered(report, name), other)
     if tasks:
         report.measured["harness"] = run_harness(
             model,
@@ -118,10 +121,9 @@ def evaluate_checkpoint(options: argparse.Namespace, load: Callable[[str], tuple
     if options.routes:
         from thinkfusion.route_counting import measure_routes
 
-        routes = measure_routes(model, tokenizer, name=options.checkpoint, seed=options.seed)
-    output = Path(options.output or (options.checkpoint if os.path.isdir(options.checkpoint) else "."))
-    path = save_report(report, output, checkpoint=options.checkpoint if os.path.isdir(options.checkpoint) else None)
-    page = save_page(report, output, title=options.checkpoint, limit=options.transcripts, routes=routes)
+        routes = measure_routes(model, tokenizer, name=name, seed=options.seed)
+    path = save_report(report, output, checkpoint=options.checkpoint if is_folder else None)
+    page = save_page(report, output, title=name, limit=options.transcripts, routes=routes)
     print(mode_table(report), *measured_lines(report), "", *verdict_lines(report), f"Written: {path}", page, sep="\n")
 
 

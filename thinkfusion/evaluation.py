@@ -15,11 +15,11 @@ from thinkfusion.grading import judge
 from thinkfusion.intervals import mean, mean_interval, rate, ratio_interval, wilson_interval
 from thinkfusion.leakage import REFLECTIVE_WORDS, SOFT_CAP_FACTOR, leaks, over_cap, soft_caps
 from thinkfusion.mode_verdict import Verdict, verdict
-from thinkfusion.modes import REPLY_CLASSES, Mode, Reply
+from thinkfusion.modes import ENDPOINT_CLASSES, REPLY_CLASSES, Mode, Reply
 from thinkfusion.obedience import measure_obedience
 from thinkfusion.probing import measure_probe
 from thinkfusion.prompts import EvaluationPrompt, overlap_with_training, read_prompts, task_prompts
-from thinkfusion.replying import Replier, generate_replies, reply_in_both_modes
+from thinkfusion.replying import Asked, Replier, generate_replies, reply_in_both_modes
 from thinkfusion.tasks import LANGUAGES, TASKS
 from thinkfusion.transcripts import PER_KIND, Failure, failures_of
 
@@ -81,6 +81,8 @@ class ModeReport:
         rows = []
         for mode, replies in self.replies.items():
             for prompt, reply in zip(self.prompts, replies, strict=True):
+                if reply.kind == "unanswered":
+                    continue
                 missed = prompt.solution if _right(prompt, reply) is False else None
                 where = f"{prompt.task}, {mode.value.replace('_', '-')}"
                 rows.append((where, prompt.messages, reply, caps.get(prompt.task), missed))
@@ -127,31 +129,36 @@ def summarise(
     """Count replies (per mode, in the order of the prompts) into a report.
 
     `format_error` and `leakage` are shares of the replies that were not truncated; `truncated` is the share of those
-    that were; `accuracy` is the share of right answers among all prompts with a solution. Parts of leakage are
+    that were; `accuracy` is the share of right answers among all prompts with a solution. Of a served model, prompts
+    without a reply are in none of these, and replies whose trace cannot be seen in no `format_error`; then `classes`
+    has ENDPOINT_CLASSES too, and token counts may be None, where the server tells none. Parts of leakage are
     `reflective_words` (a mean per finished answer), `over_soft_cap` (the share of non-thinking ones) and
     `answer_token_ratio` (the mode's mean answer over that of the other mode, same prompts). With `seconds`, `speed`.
     """
     caps = _caps(prompts, replies)
     modes = {}
+    served = "endpoint" in (measured or {})
+    kinds = (*REPLY_CLASSES, *ENDPOINT_CLASSES) if served else REPLY_CLASSES
     for mode, given in replies.items():
         pairs = list(zip(prompts, given, strict=True))
         tasks: dict[str, list[tuple[EvaluationPrompt, Reply]]] = defaultdict(list)
         for prompt, reply in pairs:
             tasks[prompt.task].append((prompt, reply))
-        finished = [(prompt, reply) for prompt, reply in pairs if reply.kind != "truncated"]
+        got = [reply for reply in given if reply.kind != "unanswered"]
+        finished = [(prompt, reply) for prompt, reply in pairs if reply.kind not in ("truncated", "unanswered")]
         counts = Counter(reply.kind for reply in given)
         modes[mode.value] = {
             "samples": len(pairs),
             **rate("format_error", _format_errors(pairs)),
-            **rate("truncated", [reply.kind == "truncated" for reply in given]),
-            "classes": {kind: counts[kind] for kind in REPLY_CLASSES},
+            **rate("truncated", [reply.kind == "truncated" for reply in got]),
+            "classes": {kind: counts[kind] for kind in kinds},
             **rate("leakage", [leaks(reply, caps.get(prompt.task)) for prompt, reply in finished]),
             **mean("reflective_words", [len(REFLECTIVE_WORDS.findall(reply.answer)) for _, reply in finished]),
             **_over_soft_cap(mode, finished, caps),
             **_answer_token_ratio(mode, replies),
             **rate("accuracy", _marks(pairs)),
-            **mean("reasoning_tokens", [reply.reasoning_tokens or 0 for reply in given]),
-            **mean("answer_tokens", [reply.answer_tokens or 0 for reply in given]),
+            **_mean_tokens("reasoning_tokens", got, served=served),
+            **_mean_tokens("answer_tokens", got, served=served),
             **({"speed": _speed(given, seconds[mode])} if seconds is not None else {}),
             "tasks": {
                 name: {
@@ -165,6 +172,16 @@ def summarise(
         }
     kept = {mode: tuple(given) for mode, given in replies.items()}
     return ModeReport(len(prompts), modes, settings, tuple(prompts), kept, measured or {}, tuple(aside))
+
+
+def _mean_tokens(name: str, replies: Sequence[Reply], *, served: bool) -> dict[str, Any]:
+    """Of the replies whose tokens a server counted; a checkpoint's are all counted."""
+    counts = [getattr(reply, name) for reply in replies]
+    if served and None in counts:
+        counts = [count for count in counts if count is not None]
+        if not counts:
+            return {name: None, f"{name}_interval": None}
+    return mean(name, [count or 0 for count in counts])
 
 
 def _caps(prompts: Sequence[EvaluationPrompt], replies: Mapping[Mode, Sequence[Reply]]) -> dict[str, float]:
@@ -208,12 +225,12 @@ def _right(prompt: EvaluationPrompt, reply: Reply) -> bool | None:
 
 
 def _marks(rows: Sequence[tuple[EvaluationPrompt, Reply]]) -> list[bool]:
-    marks = (_right(prompt, reply) for prompt, reply in rows)
+    marks = (_right(prompt, reply) for prompt, reply in rows if reply.kind != "unanswered")
     return [mark for mark in marks if mark is not None]
 
 
 def _format_errors(rows: Sequence[tuple[EvaluationPrompt, Reply]]) -> list[bool]:
-    return [reply.format_error for _, reply in rows if reply.kind != "truncated"]
+    return [reply.format_error for _, reply in rows if reply.judged]
 
 
 def evaluate_modes(
@@ -251,17 +268,33 @@ def evaluate_modes(
         raise ValueError("evaluate_modes: there are no prompts; give at least one, and samples of at least 1.")
     replier = Replier(model, tokenizer, Sampling(max_new_tokens, temperature, top_p), batch_size, seed, progress)
     replies, seconds = reply_in_both_modes(replier, chosen)
-    measured: dict[str, Any] = {}
-    aside: list[Failure] = []
-    if obedience:
-        measured["obedience"], found = measure_obedience(replier, chosen[:obedience])
-        aside += found
-    if flip:
-        measured["flip"], found = measure_flip(replier, chosen, conversations=flip)
-        aside += found
-    if budgets:
-        measured["budgets"] = measure_budgets(replier, chosen[:budget_samples], budgets)
+    measured, aside = measure_further(
+        replier, chosen, obedience=obedience, flip=flip, budgets=budgets, budget_samples=budget_samples
+    )
     if probe:
         measured["probe"] = measure_probe(model, tokenizer, samples=probe, seed=seed)
     settings = {**replier.sampling._asdict(), "seed": seed, "prompts": "tasks" if prompts is None else "given"}
     return summarise(chosen, replies, settings, seconds=seconds, measured=measured, aside=aside)
+
+
+def measure_further(
+    replier: Asked,
+    prompts: Sequence[EvaluationPrompt],
+    *,
+    obedience: int = 0,
+    flip: int = 0,
+    budgets: Sequence[int] = (),
+    budget_samples: int | None = None,
+) -> tuple[dict[str, Any], list[Failure]]:
+    """What a report has beside the modes, of a checkpoint or a served model, and the replies that failed in it."""
+    measured: dict[str, Any] = {}
+    aside: list[Failure] = []
+    if obedience:
+        measured["obedience"], found = measure_obedience(replier, prompts[:obedience])
+        aside += found
+    if flip:
+        measured["flip"], found = measure_flip(replier, prompts, conversations=flip)
+        aside += found
+    if budgets:
+        measured["budgets"] = measure_budgets(replier, prompts[:budget_samples], budgets)
+    return measured, aside

@@ -10,14 +10,14 @@ from thinkfusion.intervals import marked, rate
 from thinkfusion.modes import Mode
 from thinkfusion.obedience import other
 from thinkfusion.prompts import EvaluationPrompt
-from thinkfusion.replying import Job, Replier
+from thinkfusion.replying import Asked
 from thinkfusion.transcripts import PER_KIND, Failure
 
 FLIP_TURNS = 6
 
 
 def measure_flip(
-    replier: Replier,
+    replier: Asked,
     prompts: Sequence[EvaluationPrompt],
     *,
     conversations: int = 40,
@@ -41,13 +41,10 @@ def measure_flip(
         for index, history in enumerate(histories):
             question = prompts[(index * turns + turn) % len(prompts)].question
             history.append({"role": "user", "content": question})
-        jobs = [
-            Job(replier.prompter.prompt_ids(history, mode), mode)
-            for history, mode in zip(histories, modes, strict=True)
-        ]
+        jobs = [replier.job(history, mode) for history, mode in zip(histories, modes, strict=True)]
         for index, reply in enumerate(replier.replies(jobs, label=f"flip, turn {turn + 1}")):
             broken = reply.format_error
-            marks[index].append(None if reply.kind == "truncated" else not broken)
+            marks[index].append(not broken if reply.judged else None)
             if broken and len(failures) < limit and turn not in shown:
                 shown.add(turn)
                 where = f"turn {turn + 1} of {turns}, {reply.mode.value.replace('_', '-')}"

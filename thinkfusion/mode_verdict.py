@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thinkfusion.intervals import wilson_interval
-from thinkfusion.modes import Mode
+from thinkfusion.modes import UNJUDGED, Mode
 
 LIMIT = 0.02
 FEWEST = 3
@@ -20,7 +20,9 @@ RULE = (
     "judged; a switch is not settled where they are most of a mode, and a verdict is "
     f"qualified where they are more than {CUT:.0%} of a mode, where non-thinking answers reason aloud in more than "
     f"{CUT:.0%}, or where more than {LIMIT:.0%} of the replies disobey a switch or break in alternating conversations, "
-    "if that was measured."
+    "if that was measured. A served model has no switch where no difference between the modes can be told by which "
+    "replies reason (the Wilson intervals overlap; of effort levels, those of the mean lengths); where a server keeps "
+    "traces to itself, or did not reply, nothing is judged."
 )
 
 
@@ -39,7 +41,7 @@ class Verdict:
 def judged(values: dict[str, Any]) -> tuple[int, int]:
     """Broken and finished replies of a mode, from its classes."""
     classes = values["classes"]
-    finished = sum(classes.values()) - classes["truncated"]
+    finished = sum(classes.values()) - sum(classes.get(kind, 0) for kind in UNJUDGED)
     return finished - classes["ok"], finished
 
 
@@ -60,13 +62,25 @@ def verdict(modes: dict[str, dict[str, Any]], measured: dict[str, Any] | None = 
     told = f"{broken:,} of {finished:,} replies broke their mode"
     collapsed = [mode for mode in Mode if counts[mode][0] >= FEWEST and intervals[mode][0] > LIMIT]
     findings = tuple(_findings(modes, measured, counts))
+    alike = measured.get("endpoint", {}).get("alike")
+    if alike:
+        return Verdict("bad", f"No switch shows: both modes answer alike. {alike}; {told}.", findings)
     if collapsed:
         where = " and ".join(_named(mode) for mode in collapsed)
         return Verdict("bad", f"The switch does not work in {where} mode: {told}.", findings)
     cut = [mode for mode in Mode if 2 * counts[mode][1] < modes[mode.value]["samples"]]
     if cut:
         where = " and ".join(_named(mode) for mode in cut)
-        headline = f"Not settled: most replies in {where} mode were cut at the token limit; {told}."
+        why = [
+            what
+            for kind, what in (
+                ("truncated", "cut at the token limit"),
+                ("unseen", "not to be judged from outside"),
+                ("unanswered", "not given"),
+            )
+            if any(modes[mode.value]["classes"].get(kind) for mode in cut)
+        ]
+        headline = f"Not settled: most replies in {where} mode were {' or '.join(why)}; {told}."
         return Verdict("warning", headline, findings)
     if any(interval[1] > LIMIT for interval in intervals.values()):
         return Verdict("warning", f"Not settled: {told}, too few or too near the line to tell.", findings)
@@ -80,6 +94,9 @@ def _doubts(modes: dict[str, dict[str, Any]], measured: dict[str, Any]) -> Itera
     for mode in Mode:
         if (modes[mode.value]["truncated"] or 0) > CUT:
             yield f"{_percent(modes[mode.value]['truncated'])} in {_named(mode)} mode were cut at the token limit"
+        lost = modes[mode.value]["classes"].get("unanswered", 0)
+        if lost > CUT * modes[mode.value]["samples"]:
+            yield f"{lost:,} prompts in {_named(mode)} mode got no reply"
     for name, what in (("obedience", "disobeyed a switch"), ("flip", "broke in alternating conversations")):
         if name in measured and measured[name]["total"]:
             part = measured[name]
@@ -96,17 +113,25 @@ def _findings(
 ) -> Iterator[str]:
     for mode in Mode:
         values = modes[mode.value]
-        kinds = [f"{n:,} {kind}" for kind, n in values["classes"].items() if n and kind not in ("ok", "truncated")]
+        kinds = [f"{n:,} {kind}" for kind, n in values["classes"].items() if n and kind not in ("ok", *UNJUDGED)]
         cut = values["classes"]["truncated"]
+        aside = [f"{values['classes'].get(kind, 0):,} {kind}" for kind in UNJUDGED[1:] if values["classes"].get(kind)]
         line = f"{_named(mode).capitalize()}: {counts[mode][0]:,} of {counts[mode][1]:,} broke the mode"
         line += f" ({', '.join(kinds)})" if kinds else ""
-        yield line + (f"; {cut:,} more were cut at the token limit." if cut else ".")
+        line += f"; {cut:,} more were cut at the token limit" if cut else ""
+        yield line + (f"; not judged: {', '.join(aside)}." if aside else ".")
     right = {mode: modes[mode.value]["accuracy"] for mode in Mode}
     if None not in right.values():
         shares = " and ".join(f"{_percent(right[mode] or 0)} {_named(mode)}" for mode in Mode)
         yield f"Right answers: {shares}."
-    tokens = {mode: sum(modes[mode.value][f"{part}_tokens"] for part in ("reasoning", "answer")) for mode in Mode}
-    yield "Tokens of a reply, on average: " + " and ".join(f"{tokens[mode]:.1f} {_named(mode)}" for mode in Mode) + "."
+    counted = {mode: [modes[mode.value][f"{part}_tokens"] for part in ("reasoning", "answer")] for mode in Mode}
+    if all(None not in parts for parts in counted.values()):
+        tokens = {mode: sum(parts) for mode, parts in counted.items()}
+        yield (
+            "Tokens of a reply, on average: "
+            + " and ".join(f"{tokens[mode]:.1f} {_named(mode)}" for mode in Mode)
+            + "."
+        )
     leaking = modes[Mode.NON_THINKING.value]["leakage"]
     if leaking:
         yield f"{_percent(leaking)} of the non-thinking answers reason aloud."
@@ -119,3 +144,4 @@ def _findings(
             f"Alternating: {part['right']:,} of {part['total']:,} turns kept their mode; {part['unbroken']:,} of "
             f"{part['judged']:,} conversations did throughout."
         )
+    yield from measured.get("endpoint", {}).get("remarks", ())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from thinkfusion import __version__
 from thinkfusion.card_facts import CheckpointFacts, Origin, embedded, last_part, read_facts
-from thinkfusion.modes import Mode
+from thinkfusion.modes import UNJUDGED, Mode
 from thinkfusion.reporting import MEANS, RATES
 from thinkfusion.row_report import printable
 
@@ -364,7 +364,10 @@ def _figure(values: Mapping[str, Any], name: str) -> str:
 def _broken(report: Mapping[str, Any]) -> tuple[int, int, int]:
     """Replies of both modes, those finished that broke their format, and those that were cut."""
     classes = [report["modes"][mode.value]["classes"] for mode in Mode]
-    replies, cut = (sum(sum(each.values()) for each in classes), sum(each.get("truncated", 0) for each in classes))
+    replies, cut = (
+        sum(sum(each.values()) for each in classes),
+        sum(each.get(kind, 0) for each in classes for kind in UNJUDGED),
+    )
     return replies, replies - cut - sum(each.get("ok", 0) for each in classes), cut
 
 

@@ -133,6 +133,10 @@ def split_soft_switch(text: str) -> tuple[str, Mode | None]:
 
 REPLY_CLASSES = ("ok", "never_closed", "empty_trace", "extra_tag", "empty_answer", "truncated")
 """The classes of a reply. `truncated` (the token limit was hit) is no format error, and is counted apart."""
+ENDPOINT_CLASSES = ("unseen", "unanswered")
+"""Further classes, of a served model: a reply whose trace the server keeps to itself, and a prompt without a reply."""
+UNJUDGED = ("truncated", *ENDPOINT_CLASSES)
+"""The classes that say nothing of the mode: neither kept nor broken."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,12 @@ class Reply:
     @property
     def format_error(self) -> bool:
         """Whether the reply broke its mode's format; a truncated reply did not."""
-        return self.kind not in ("ok", "truncated")
+        return self.kind != "ok" and self.judged
+
+    @property
+    def judged(self) -> bool:
+        """Whether it can be told that the reply kept or broke its mode."""
+        return self.kind not in UNJUDGED
 
 
 def split_reply(

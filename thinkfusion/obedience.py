@@ -14,9 +14,9 @@ from itertools import product
 from typing import Any
 
 from thinkfusion.intervals import marked
-from thinkfusion.modes import Mode, Reply, Scheme
+from thinkfusion.modes import Mode
 from thinkfusion.prompts import EvaluationPrompt
-from thinkfusion.replying import Job, Replier
+from thinkfusion.replying import Asked
 from thinkfusion.transcripts import PER_KIND, Failure
 
 HARD: tuple[bool | None, ...] = (None, True, False)
@@ -54,6 +54,11 @@ class Cell:
         alone = self.hard is None and self.soft is None and self.system == "contradicting"
         return other(asked) if alone else asked
 
+    @property
+    def needs_soft_switch(self) -> bool:
+        """Whether the combination means anything only where `/think` and `/no_think` are understood."""
+        return self.soft is not None or (self.hard is None and self.system == "contradicting")
+
     def messages(self, questions: Sequence[str], answers: Sequence[str], default: Mode) -> list[dict[str, Any]]:
         """The conversation up to the question of this turn: the last of `questions`, of which there are `turn`.
 
@@ -76,53 +81,38 @@ class Cell:
 CELLS = tuple(Cell(*chosen) for chosen in product(HARD, SOFT, SYSTEMS, TURNS))
 
 
-def announced(prompt: str, scheme: Scheme) -> Mode:
-    """The mode whose prefix a rendered generation prompt ends in; with the longer prefix first, as one may be empty."""
-    prefixes = sorted(Mode, key=lambda mode: -len("".join(scheme.prefix(mode)).strip()))
-    ended = (mode for mode in prefixes if prompt.rstrip().endswith("".join(scheme.prefix(mode)).strip()))
-    return next(ended, Mode.THINKING)
-
-
-def shown_mode(reply: Reply, scheme: Scheme) -> Mode | None:
-    """The mode that a reply is in for who reads it; None if it is in neither.
-
-    Where the model opens its trace itself, an empty trace or none at all is an answer at once.
-    """
-    if reply.kind == "ok":
-        return reply.mode
-    at_once = reply.kind in ("empty_trace", "never_closed") and reply.mode is Mode.THINKING
-    return Mode.NON_THINKING if at_once and scheme.thinking_start and reply.answer else None
-
-
 def measure_obedience(
-    replier: Replier, prompts: Sequence[EvaluationPrompt], *, limit: int = PER_KIND
+    replier: Asked, prompts: Sequence[EvaluationPrompt], *, limit: int = PER_KIND
 ) -> tuple[dict[str, Any], list[Failure]]:
     """Every combination asked with every prompt (its last user message): the share that obeys, and some that do not.
+
+    Where soft switches are not understood, the combinations that need them are left out.
 
     `{"prompts", "default", "obeyed", "total", "share", "share_interval", "cells"}`; the cells, in the order of CELLS,
     say what was expected. Replies that hit the token limit are in `truncated`, and in no share.
     """
-    default, scheme = replier.prompter.default_mode, replier.prompter.scheme
     asked = [{"role": "user", "content": prompt.question} for prompt in prompts]
-    alone = [Job(replier.prompter.prompt_ids([message], Mode.NON_THINKING), Mode.NON_THINKING) for message in asked]
+    default = replier.default_mode(asked)
+    cells = [cell for cell in CELLS if replier.soft_switch or not cell.needs_soft_switch]
+    alone = [replier.job([message], Mode.NON_THINKING) for message in asked]
     answers = [reply.answer or "…" for reply in replier.replies(alone, label="history")]
     conversations = [
         (cell, cell.messages(*_turns(asked, answers, index, cell.turn), default))
-        for cell in CELLS
+        for cell in cells
         for index in range(len(asked))
     ]
-    jobs = [_served(replier, messages, cell.hard) for cell, messages in conversations]
+    jobs = [replier.served(messages, cell.hard) for cell, messages in conversations]
     replies = replier.replies(jobs, label="obedience")
-    judged: dict[Cell, list[bool | None]] = {cell: [] for cell in CELLS}
+    judged: dict[Cell, list[bool | None]] = {cell: [] for cell in cells}
     failures: dict[Cell, Failure] = {}  # the first of each combination
     for (cell, messages), reply in zip(conversations, replies, strict=True):
         wanted = cell.expected(default)
-        obeys = None if reply.kind == "truncated" else shown_mode(reply, scheme) is wanted
+        obeys = replier.shown_mode(reply) is wanted if reply.judged else None
         judged[cell].append(obeys)
         if obeys is False and cell not in failures:
             note = f"expected: {wanted.value.replace('_', '-')} mode"
             failures[cell] = Failure("disobeyed", describe(cell), tuple(messages), reply, note)
-    cells = [
+    shown = [
         {
             "hard": cell.hard,
             "soft": cell.soft.value if cell.soft else None,
@@ -134,7 +124,7 @@ def measure_obedience(
         for cell, marks in judged.items()
     ]
     whole = marked("obeyed", [mark for marks in judged.values() for mark in marks])
-    return {"prompts": len(prompts), "default": default.value, **whole, "cells": cells}, [*failures.values()][:limit]
+    return {"prompts": len(prompts), "default": default.value, **whole, "cells": shown}, [*failures.values()][:limit]
 
 
 def _turns(
@@ -143,15 +133,6 @@ def _turns(
     """The questions up to that of prompt `index`, and the answers to those before it: its neighbours in the list."""
     places = [(index + away) % len(asked) for away in range(1, turns)]
     return [asked[place]["content"] for place in (*places, index)], [answers[place] for place in places]
-
-
-def _served(replier: Replier, messages: list[dict[str, Any]], hard: bool | None) -> Job:
-    """The prompt as a server makes it, with both names of the switch."""
-    switch = {} if hard is None else {"enable_thinking": hard, "thinking": hard}
-    options = {"add_generation_prompt": True, **switch}
-    ids = replier.tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
-    text = replier.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    return Job(list(ids), announced(str(text), replier.prompter.scheme))
 
 
 def describe(cell: Cell) -> str:

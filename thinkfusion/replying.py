@@ -4,17 +4,47 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from thinkfusion.generation import Prompter, Sampling, generate
-from thinkfusion.modes import Mode, Reply
+from thinkfusion.generation import Messages, Prompter, Sampling, generate
+from thinkfusion.modes import Mode, Reply, Scheme
 from thinkfusion.prompts import EvaluationPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Asked(Protocol):
+    """What measurements by generation ask: a checkpoint (`Replier`), or a served model (`EndpointReplier`)."""
+
+    @property
+    def soft_switch(self) -> bool:
+        """Whether `/think` and `/no_think` in a message switch."""
+
+    def job(self, messages: Messages, mode: Mode) -> Any:
+        """What asks for a reply in `mode`, by the hard switch."""
+
+    def served(self, messages: Messages, hard: bool | None) -> Any:
+        """The same as a server makes it: with `enable_thinking`, or without where `hard` is None."""
+
+    def default_mode(self, asked: Sequence[Mapping[str, Any]]) -> Mode:
+        """The mode without any switch. `asked` are user messages to find out with, where nothing says so."""
+
+    def shown_mode(self, reply: Reply) -> Mode | None:
+        """The mode that a reply is in for who reads it; None if it is in neither."""
+
+    def replies(
+        self, jobs: Sequence[Any], *, thinking_budget: int | None = None, label: str = "replies"
+    ) -> list[Reply]:
+        """One reply for each job, in their order."""
+
+    def timed(
+        self, jobs: Sequence[Any], *, thinking_budget: int | None = None, label: str = "replies"
+    ) -> tuple[list[Reply], dict[Mode, float]]:
+        """The same, and the seconds that each mode took."""
 
 
 class Job(NamedTuple):
@@ -22,6 +52,24 @@ class Job(NamedTuple):
 
     ids: list[int]
     mode: Mode
+
+
+def announced(prompt: str, scheme: Scheme) -> Mode:
+    """The mode whose prefix a rendered generation prompt ends in; with the longer prefix first, as one may be empty."""
+    prefixes = sorted(Mode, key=lambda mode: -len("".join(scheme.prefix(mode)).strip()))
+    ended = (mode for mode in prefixes if prompt.rstrip().endswith("".join(scheme.prefix(mode)).strip()))
+    return next(ended, Mode.THINKING)
+
+
+def shown_mode(reply: Reply, scheme: Scheme) -> Mode | None:
+    """The mode that a reply is in for who reads it; None if it is in neither.
+
+    Where the model opens its trace itself, an empty trace or none at all is an answer at once.
+    """
+    if reply.kind == "ok":
+        return reply.mode
+    at_once = reply.kind in ("empty_trace", "never_closed") and reply.mode is Mode.THINKING
+    return Mode.NON_THINKING if at_once and scheme.thinking_start and reply.answer else None
 
 
 @dataclass(frozen=True)
@@ -35,9 +83,29 @@ class Replier:
     seed: int = 0
     progress: bool = True
 
+    soft_switch = True
+
     @cached_property
     def prompter(self) -> Prompter:
         return Prompter(self.tokenizer)
+
+    def job(self, messages: Messages, mode: Mode) -> Job:
+        return Job(self.prompter.prompt_ids(messages, mode), mode)
+
+    def served(self, messages: Messages, hard: bool | None) -> Job:
+        """The prompt as a server makes it, with both names of the switch."""
+        switch = {} if hard is None else {"enable_thinking": hard, "thinking": hard}
+        options = {"add_generation_prompt": True, **switch}
+        ids = self.tokenizer.apply_chat_template(list(messages), return_dict=True, **options)["input_ids"]
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        return Job(list(ids), announced(str(text), self.prompter.scheme))
+
+    def default_mode(self, asked: Sequence[Mapping[str, Any]]) -> Mode:
+        """What the template says."""
+        return self.prompter.default_mode
+
+    def shown_mode(self, reply: Reply) -> Mode | None:
+        return shown_mode(reply, self.prompter.scheme)
 
     def replies(
         self, jobs: Sequence[Job], *, thinking_budget: int | None = None, label: str = "replies"
@@ -87,10 +155,10 @@ class Replier:
 
 
 def reply_in_both_modes(
-    replier: Replier, prompts: Sequence[EvaluationPrompt], *, thinking_budget: int | None = None
+    replier: Asked, prompts: Sequence[EvaluationPrompt], *, thinking_budget: int | None = None
 ) -> tuple[dict[Mode, list[Reply]], dict[Mode, float]]:
     """Reply to every prompt in both modes, by the hard switch; also the seconds of each mode."""
-    jobs = [Job(replier.prompter.prompt_ids(prompt.messages, mode), mode) for mode in Mode for prompt in prompts]
+    jobs = [replier.job(prompt.messages, mode) for mode in Mode for prompt in prompts]
     replies, seconds = replier.timed(jobs, thinking_budget=thinking_budget)
     count = len(prompts)
     return {mode: replies[place * count : (place + 1) * count] for place, mode in enumerate(Mode)}, seconds

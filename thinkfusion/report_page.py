@@ -170,7 +170,7 @@ def _modes(figures: Figures) -> str:
     rows += [
         [f"<b>{label}</b><span>{about}</span>", *(figures.one(f"/modes/{mode}/speed/{name}", "mean") for mode in NAMES)]
         for name, label, about in (
-            ("replies_per_second", "replies per second", "in batches, on the machine that measured"),
+            ("replies_per_second", "replies per second", _measured_on(figures)),
             ("tokens_per_second", "tokens per second", "written, prompts not counted"),
         )
         if figures.at(f"/modes/{Mode.THINKING}/speed") is not None
@@ -184,6 +184,12 @@ def _modes(figures: Figures) -> str:
     return _section("The modes", about, _table(["", *_heads()], rows, "main")) + _section(
         "What the replies were", "Every reply is in one class.", _table(["class", *_heads()], counted)
     )
+
+
+def _measured_on(figures: Figures) -> str:
+    if figures.at("/endpoint") is None:
+        return "in batches, on the machine that measured"
+    return f"of the served model, at most {figures.one('/endpoint/concurrency', 'count')} requests at once"
 
 
 def _dot(figures: Figures, pointer: str, kind: str, label: str) -> Dot:
@@ -280,6 +286,9 @@ def _obedience(figures: Figures) -> str:
         switch = "not given" if hard is None else str(hard).lower()
         body += f"<tr><th>{switch}</th><th>{WORDS[Mode(soft)] if soft else 'none'}</th>"
         for column in columns:
+            if column not in places:  # means nothing of a served model without soft switches
+                body += "<td></td>"
+                continue
             place = places[column]
             body += _heat_cell(figures, f"/obedience/cells/{place}", cells[place]["expected"], "obeyed")
         body += "</tr>"

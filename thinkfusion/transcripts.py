@@ -21,6 +21,7 @@ KINDS = {
     "flip": "A turn of an alternating conversation broke",
     "leakage": "Reasoning in the answer",
     "truncated": "Cut at the token limit (counted apart)",
+    "unseen": "Reasoned, but the server keeps the trace to itself (not judged)",
     "wrong_answer": "A wrong answer (the mode was kept)",
 }
 """The kinds of failures in the order they are shown: classes of replies, and what was measured beside them."""
