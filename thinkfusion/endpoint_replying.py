@@ -309,6 +309,7 @@ class EndpointReplier:
             "stream": self.endpoint.stream,
             "concurrency": self.concurrency,
             "replies": len(answers),
+            "seconds": _covered((answer.began, answer.ended) for answer in answers),
             "of_an_earlier_run": self.journal.found,
             "faults": {kind: self.faults[kind] for kind in FAULTS if self.faults[kind]},
             "unanswered": dict(problems.most_common(20)),
