@@ -90,6 +90,16 @@ def test_what_a_reply_was(mode, answer, kind, parts):
     assert reply.format_error == (kind not in ("ok", "truncated", "unseen", "unanswered"))
 
 
+def test_without_a_switch_a_reply_is_in_the_mode_that_it_shows():
+    assert (read("4", None, reasoning="Two.").kind, read("4", None, reasoning="Two.").mode) == ("ok", THINKING)
+    assert (read("4", None).kind, read("4", None).mode) == ("ok", NON_THINKING)
+    assert read("4", None, reasoning_tokens=3).kind == "unseen"
+    # A server that shows traces elsewhere hides none here, whatever its usage says.
+    shown = Answer(content="4", reasoning_tokens=3)
+    for mode, kind in ((None, "ok"), (THINKING, "empty_trace"), (NON_THINKING, "ok")):
+        assert read_answer(shown, mode, PRESETS["qwen3"], hides=False).kind == kind
+
+
 def test_levels_of_effort_may_both_reason():
     for mode in Mode:
         assert read("4", mode, "gpt-oss", reasoning="Two.").kind == "ok"

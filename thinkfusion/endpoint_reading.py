@@ -25,39 +25,55 @@ _HIDDEN_BYTES = 16
 _FAR_APART = 0.5
 
 
-def read_answer(answer: Answer, mode: Mode, switch: Switch, tokenizer: Tokenizer | None = None) -> Reply:
+def shows_reasoning(answer: Answer) -> bool:
+    """Whether a trace, or a tag of one, is in the reply."""
+    return bool(answer.reasoning) or any(tag in answer.content for tag in _TAGS)
+
+
+def read_answer(
+    answer: Answer, mode: Mode | None, switch: Switch, tokenizer: Tokenizer | None = None, *, hides: bool = True
+) -> Reply:
     """The reply of a request in `mode`, in one of REPLY_CLASSES or ENDPOINT_CLASSES; it never fails.
+
+    mode: None for a request without a switch, whose reply is in the mode that it shows. hides: whether the server has
+    shown no trace in any reply; only then is one without a trace taken for `unseen` where its usage has more tokens.
+    (vLLM 0.32 counts answers as reasoning tokens where its parser follows another switch than the template.)
 
     Tokens are counted by `tokenizer` if it is given, else taken from the server's usage: the reasoning's own count, or
     else the whole shared out by the length of the parts. They are None where the server tells none.
     """
+    hidden = hides and _hidden(answer)
+    if mode is None:
+        mode = Mode.THINKING if hidden or shows_reasoning(answer) else Mode.NON_THINKING
     if answer.problem is not None:
         return Reply(mode=mode, reasoning="", answer="", kind="unanswered", finished=False)
-    if not answer.reasoning and any(tag in answer.content for tag in _TAGS):
+    if not answer.reasoning and shows_reasoning(answer):
         reply = split_reply(answer.content, mode, scheme=switch.scheme, finished=answer.finished)
         return _counted(reply, answer, tokenizer)
     reasoning, text = (answer.reasoning or "").strip(), answer.content.strip()
-    kind = _kind(reasoning, text, answer, mode, both_reason=switch.both_reason)
+    kind = _kind(reasoning, text, mode, finished=answer.finished, both_reason=switch.both_reason)
+    if kind == "empty_trace" and hidden:
+        kind = "unseen"
     reply = Reply(mode=mode, reasoning=reasoning, answer=text, kind=kind, finished=answer.finished)
     return _counted(reply, answer, tokenizer)
 
 
-def _kind(reasoning: str, text: str, answer: Answer, mode: Mode, *, both_reason: bool) -> str:
+def _kind(reasoning: str, text: str, mode: Mode, *, finished: bool, both_reason: bool) -> str:
     if any(tag in part for part in (reasoning, text) for tag in _TAGS):
         return "extra_tag"
     if mode is Mode.NON_THINKING and reasoning and not both_reason:
         return "extra_tag"
-    if not answer.finished:
+    if not finished:
         return "truncated"
     if mode is Mode.THINKING and not reasoning and text and not both_reason:
-        return "unseen" if _hidden(answer) else "empty_trace"
+        return "empty_trace"
     if not text:
         return "never_closed" if reasoning else "empty_answer"
     return "ok"
 
 
 def _hidden(answer: Answer) -> bool:
-    """Whether there was a trace that the server did not send."""
+    """Whether usage tells of a trace that the server did not send."""
     if answer.reasoning_tokens:
         return True
     return (answer.completion_tokens or 0) > len(answer.content.encode()) + _HIDDEN_BYTES
@@ -131,7 +147,7 @@ def alike(replies: Mapping[Mode, Sequence[Reply]], *, both_reason: bool = False)
 def remarks(replies: Mapping[Mode, Sequence[Reply]], answers: Sequence[Answer], switch: Switch) -> Iterator[str]:
     """What cannot be seen from outside in these replies, and how it is counted."""
     parsed = any(answer.reasoning for answer in answers)
-    tagged = any(tag in answer.content for answer in answers for tag in _TAGS)
+    tagged = any(map(shows_reasoning, answers))
     if switch.both_reason:
         yield "Of levels of effort only the lengths are compared: replies of both may reason."
     elif parsed:

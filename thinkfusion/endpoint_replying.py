@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from thinkfusion.endpoint import FAULTS, LONGEST_WAIT, Answer, Endpoint, EndpointError, RequestError
 from thinkfusion.endpoint_presets import Switch
-from thinkfusion.endpoint_reading import alike, read_answer, reasons, remarks
+from thinkfusion.endpoint_reading import alike, read_answer, reasons, remarks, shows_reasoning
 from thinkfusion.generation import Messages
 from thinkfusion.modes import Mode, Reply
 
@@ -43,10 +43,10 @@ _ADVICE = {
 
 
 class Request(NamedTuple):
-    """What is asked, and the mode that the reply is read in."""
+    """What is asked, and the mode that the reply is read in; None where no switch is given."""
 
     body: dict[str, Any]
-    mode: Mode
+    mode: Mode | None
 
 
 class Journal:
@@ -121,7 +121,7 @@ class EndpointReplier:
     """Nothing is asked any more: what has no answer in the journal is unanswered."""
     faults: Counter[str] = field(default_factory=Counter)
     _problems: dict[str, Answer] = field(default_factory=dict)
-    _asked: dict[str, tuple[Mode, Answer]] = field(default_factory=dict)
+    _asked: dict[str, tuple[Mode | None, Answer]] = field(default_factory=dict)
     _refused: int = 0
     _lost_in_a_row: int = 0
     _succeeded: int = 0
@@ -136,7 +136,7 @@ class EndpointReplier:
 
     def served(self, messages: Messages, hard: bool | None) -> Request:
         if hard is None:
-            return Request(self._body(messages), Mode.THINKING)
+            return Request(self._body(messages), None)
         return self.job(messages, Mode.parse(hard))
 
     def _body(self, messages: Messages) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class EndpointReplier:
     def shown_mode(self, reply: Reply) -> Mode | None:
         if reply.kind == "ok":
             return reply.mode
-        if reply.mode is Mode.THINKING and reply.answer and not reply.reasoning:
+        if reply.mode is Mode.THINKING and reply.kind == "empty_trace" and reply.answer:
             return Mode.NON_THINKING
         reasoned = reply.mode is Mode.NON_THINKING and reply.reasoning and reply.answer and not reply.pieces
         return Mode.THINKING if reasoned else None
@@ -186,8 +186,9 @@ class EndpointReplier:
         missing = Answer(problem="the run ended before")
         answers = [self.journal.answers.get(key) or self._problems.get(key) or missing for key in keys]
         self._asked.update((key, (job.mode, answer)) for key, job, answer in zip(keys, jobs, answers, strict=True))
+        hides = not any(map(shows_reasoning, self.journal.answers.values()))
         replies = [
-            read_answer(answer, job.mode, self.switch, self.tokenizer)
+            read_answer(answer, job.mode, self.switch, self.tokenizer, hides=hides)
             for answer, job in zip(answers, jobs, strict=True)
         ]
         times = {
@@ -213,7 +214,7 @@ class EndpointReplier:
         from tqdm.auto import tqdm
 
         # A server that is not there, or a switch that it does not take, is known after one request of each mode.
-        first: dict[Mode, str] = {}
+        first: dict[Mode | None, str] = {}
         for key, job in waiting.items() if not self._succeeded else ():
             first.setdefault(job.mode, key)
         bar = tqdm(total=total, initial=total - len(waiting), desc=label, disable=not self.progress)
