@@ -332,8 +332,8 @@ def server_settings(config: dict[str, Any], aliases: dict[str, str], weights: se
         added["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         if "partial_rotary_factor" in rope:
             added["partial_rotary_factor"] = rope["partial_rotary_factor"]
-            if config.get("head_dim") and config["model_type"] == "minimax_m2":
-                added["rotary_dim"] = int(config["head_dim"] * rope["partial_rotary_factor"])
+        if config.get("head_dim") and config["model_type"] == "minimax_m2":
+            added["rotary_dim"] = int(config["head_dim"] * rope.get("partial_rotary_factor", 1.0))
     kinds = config.get("mlp_layer_types") or []
     dense = next((index for index, kind in enumerate(kinds) if kind != "dense"), len(kinds))
     if kinds and "dense" not in kinds[dense:]:

@@ -69,6 +69,10 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT_SIZES,
     "gpt_oss": {"head_dim": 64},
 }
+NATIVE_ROTATION: dict[str, Any] = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+"""vLLM 0.32 rotates the queries of compressed attention wrongly on a CPU: its kernel for interleaved pairs misreads a
+query of three dimensions. Without that kernel, PyTorch rotates them, and the log-probabilities are transformers'."""
+ENGINE_OPTIONS = {"axk1": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION}
 
 
 def export_trained(family: str, folder: Path) -> None:
@@ -157,7 +161,8 @@ try:
     from vllm import LLM, SamplingParams
     answer["versions"] = {"vllm": vllm.__version__, "transformers": transformers.__version__}
     llm = LLM(given["folder"], dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, seed=0,
-              disable_log_stats=True, enable_prefix_caching=False)
+              disable_log_stats=True, enable_prefix_caching=False,
+              **given["options"])
     answer["loaded"] = True
     sampling = SamplingParams(temperature=0.0, max_tokens=given["new_tokens"], ignore_eos=True, logprobs=1,
                               prompt_logprobs=0)
@@ -174,10 +179,13 @@ done()
 """
 
 
-def vllm_says(folder: Path, prompts: list[list[int]], python: str) -> dict[str, Any]:
-    """The same of vLLM, from a process of its own; `reason` and what it printed last where it failed."""
+def vllm_says(folder: Path, prompts: list[list[int]], python: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The same of vLLM, from a process of its own; `reason` and what it printed last where it failed.
+
+    options: further arguments of the engine.
+    """
     given, answer = folder / "given.json", folder / "answer.json"
-    given.write_text(json.dumps({"folder": str(folder / "checkpoint"), "prompts": prompts, "new_tokens": NEW_TOKENS}))
+    given.write_text(json.dumps({"folder": str(folder / "checkpoint"), "prompts": prompts, "new_tokens": NEW_TOKENS, "options": options}))
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -227,7 +235,7 @@ def measure(family: str, python: str) -> dict[str, Any]:
         folder = Path(place)
         export_trained(family, folder)
         prompts = prompts_of(folder / "checkpoint")
-        answer = vllm_says(folder, prompts, python)
+        answer = vllm_says(folder, prompts, python, ENGINE_OPTIONS.get(family, {}))
         result: dict[str, Any] = {"family": family, "engine": "vllm", "prompts": len(prompts), "tokens_equal": False}
         replies = answer.pop("replies", None)
         result |= answer
