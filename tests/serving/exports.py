@@ -88,7 +88,8 @@ def export_trained(family: str, folder: Path) -> None:
         for sample in generate_samples(32, seed=0)
     ]
     model = tiny_random_model(family, **{**SIZES, **OWN_SIZES.get(family, {})})
-    install_chat_template(tokenizer, model)
+    # The markup of the embedded base's own tokenizer, whatever the family's is.
+    install_chat_template(tokenizer, model, dialect="chatml")
     settings = ThinkFusionConfig(
         output_dir=str(folder / "training"),
         max_steps=5,
