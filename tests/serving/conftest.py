@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers, asked by the tests; one runs at a time. `python -m pytest tests/serving` (`make test-serving`)."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.serving.asking import Asked, ask
+from tests.serving.environments import ENGINES, find
+from tests.serving.reference import MOST_TOKENS, Reference
+from tests.serving.servers import serving
+from tests.taught import teach
+from thinkfusion.modes import Mode
+
+ROOT = Path(__file__).parents[2]
+AT_A_TIME = 8
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """What `make demo` made."""
+    folder = Path(os.environ.get("THINKFUSION_SERVING_CHECKPOINT", ROOT / "runs" / "tiny")).absolute()
+    if not (folder / "config.json").exists():
+        pytest.exit(f"{folder}: there is no checkpoint. Run make demo, or set THINKFUSION_SERVING_CHECKPOINT.", 2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint) -> Reference:
+    return Reference.load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory) -> Path:
+    """A checkpoint that calls a tool; the demo's was never shown one."""
+    return teach(tmp_path_factory.mktemp("taught"))
+
+
+def started(engine, folder, checkpoint):
+    environment = find(engine)
+    if environment.python is None:
+        pytest.skip(environment.reason)
+    return serving(engine, checkpoint, environment.python, folder)
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def server(request, checkpoint, tmp_path_factory):
+    with started(request.param, tmp_path_factory.mktemp(request.param), checkpoint) as ready:
+        print(f"\n{request.param}: ready after {ready.ready_seconds:.0f} s", flush=True)
+        yield ready
+
+
+@pytest.fixture(scope="session")
+def figures():
+    """What was measured, printed at the end, and written to THINKFUSION_SERVING_FIGURES if that is set."""
+    found: dict = {}
+    yield found
+    text = json.dumps(found, indent=1)
+    print(f"\n{text}")
+    if os.environ.get("THINKFUSION_SERVING_FIGURES"):
+        Path(os.environ["THINKFUSION_SERVING_FIGURES"]).write_text(text + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def asked(server, reference) -> dict[Mode, list[Asked]]:
+    """The replies of a server to the reference's prompts, greedy, in both modes."""
+    jobs = [(mode, prompt) for mode in Mode for prompt in reference.prompts]
+    with ThreadPoolExecutor(AT_A_TIME) as workers:
+        found = list(
+            workers.map(lambda job: ask(server, job[1].messages, job[0], max_tokens=MOST_TOKENS), jobs, timeout=600)
+        )
+    count = len(reference.prompts)
+    return {mode: found[place * count : (place + 1) * count] for place, mode in enumerate(Mode)}
