@@ -24,6 +24,10 @@ class Asked(NamedTuple):
     def parts(self) -> tuple[str, str]:
         return self.reasoning.strip(), self.answer.strip()
 
+    def written(self) -> str:
+        """The text that the model wrote, put together again: reasoning that nothing follows was never closed."""
+        return "</think>".join(part for part in self.parts() if part)
+
 
 def request(server: Server, messages: Sequence[Mapping[str, Any]], mode: Mode, **settings: Any) -> dict[str, Any]:
     switch = {"chat_template_kwargs": {"enable_thinking": mode is Mode.THINKING}}

@@ -56,6 +56,13 @@ def _llama_ids(server: Server, request: dict[str, Any]) -> list[int]:
 
 
 def body(server: Server, row: Row) -> dict[str, Any]:
-    asked: dict[str, Any] = {"model": server.model, "messages": row.messages}
+    """A request of the row. vLLM reads the reasoning of a message as `reasoning`, the others as `reasoning_content`."""
+    messages = row.messages
+    if server.engine == "vllm":
+        messages = [
+            {"reasoning" if key == "reasoning_content" else key: value for key, value in each.items()}
+            for each in messages
+        ]
+    asked: dict[str, Any] = {"model": server.model, "messages": messages}
     asked["chat_template_kwargs"] = {"enable_thinking": row.thinking}
     return asked | ({"tools": row.tools} if row.tools else {})

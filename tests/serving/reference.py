@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from thinkfusion.replying import Replier, reply_in_both_modes
 
 PROMPTS = 200
 MOST_TOKENS = 256
+END = "<|im_end|>"
 TIE = 1e-4
 """Two logits that are no further apart may change places from one engine to another."""
 
@@ -45,13 +45,12 @@ class Reference:
         return reply_in_both_modes(replier, self.prompts)[0]
 
     def margin(self, index: int, mode: Mode, theirs: str) -> tuple[float, str]:
-        """How far apart the two tokens are where `theirs`, a whole reply as text, leaves ours; and a line about it.
+        """How far apart the two tokens are where `theirs`, the text of a reply, leaves ours; and a line about it.
 
         Infinite if their token is not the second best there: then it is no tie, whatever the logits are.
         """
         prompt = self.prompter.prompt_ids(self.prompts[index].messages, mode)
-        ours = self.ids(whole_text(self.replies[mode][index], mode))
-        other = self.ids(theirs)
+        ours, other = (self.ids(text + END) for text in (written(self.replies[mode][index]), theirs))
         place = next((n for n, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b), -1)
         if place < 0:
             return float("inf"), f"prompt {index}, {mode.value}: the same tokens, split or ended elsewhere: {theirs!r}"
@@ -68,7 +67,6 @@ class Reference:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def whole_text(reply: Reply | Sequence[str], mode: Mode) -> str:
-    """The reply with its closing and its end, as a model writes it."""
-    thought, answer = (reply.reasoning or "", reply.answer) if isinstance(reply, Reply) else reply
-    return (f"{thought}</think>" if mode is Mode.THINKING else "") + answer + "<|im_end|>"
+def written(reply: Reply) -> str:
+    """The text of a reply as the model wrote it, up to its end."""
+    return "".join(reply.pieces).strip()
