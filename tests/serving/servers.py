@@ -62,7 +62,7 @@ def command(engine: str, checkpoint: Path, port: int, folder: Path) -> tuple[lis
         return [*line, *flags, "--served-model-name", MODEL], {**threads, "VLLM_CPU_KVCACHE_SPACE": "1"}
     if engine == "llama":
         flags = ["--context", str(CONTEXT * SLOTS), "--slots", str(SLOTS)]
-        flags += ["--threads", threads["OMP_NUM_THREADS"], "--float32_cache"]
+        flags += ["--threads", threads["OMP_NUM_THREADS"], "--float32"]
         return [*line, *flags], {**threads, "GGUF": str(folder / "model.gguf"), "OUTTYPE": "f32"}
     return [*line, "--device", "cpu", "--dtype", "float32"], threads
 
