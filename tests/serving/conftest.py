@@ -39,17 +39,16 @@ def taught(tmp_path_factory) -> Path:
     return teach(tmp_path_factory.mktemp("taught"))
 
 
-def started(engine, folder, checkpoint):
+@pytest.fixture(scope="session", params=[(engine, "demo") for engine in ENGINES], ids=ENGINES)
+def server(request, tmp_path_factory):
+    """The server of an engine, with the checkpoint of the demo or the one that was taught."""
+    engine, which = request.param
     environment = find(engine)
     if environment.python is None:
         pytest.skip(environment.reason)
-    return serving(engine, checkpoint, environment.python, folder)
-
-
-@pytest.fixture(scope="session", params=ENGINES)
-def server(request, checkpoint, tmp_path_factory):
-    with started(request.param, tmp_path_factory.mktemp(request.param), checkpoint) as ready:
-        print(f"\n{request.param}: ready after {ready.ready_seconds:.0f} s", flush=True)
+    folder = request.getfixturevalue("checkpoint" if which == "demo" else "taught")
+    with serving(engine, folder, environment.python, tmp_path_factory.mktemp(engine)) as ready:
+        request.getfixturevalue("figures").setdefault(engine, {})[f"ready, {which}"] = round(ready.ready_seconds)
         yield ready
 
 

@@ -50,7 +50,9 @@ def test_prompts_have_the_same_ids(server, reference, figures):
             wrong.append(f"{row.name}:\n  ours   {shown[0]!r}\n  theirs {shown[1]!r}")
     # The reasoning before a tool's result is what they lose: thinking mode, with and without a system text, twice.
     assert lost == (4 if server.engine == "transformers" else 0)
-    figures.setdefault(server.engine, {})["prompts"] = {"equal": len(matrix) - len(wrong), "of": len(matrix)}
+    odd = sum(row.control for row in matrix)
+    counts = {"equal": len(matrix) - odd - lost - len(wrong), "control strings": odd, "reasoning lost": lost}
+    figures.setdefault(server.engine, {})["prompts"] = {**counts, "of": len(matrix)}
     assert not wrong, "\n".join([f"{len(wrong)} of {len(matrix)}", *wrong[:5]])
 
 
