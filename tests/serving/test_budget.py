@@ -7,12 +7,12 @@ import pytest
 
 from tests.serving.asking import ask
 from tests.serving.conftest import AT_A_TIME
-from tests.serving.reference import MOST_TOKENS, written
+from tests.serving.reference import MOST_TOKENS
 from thinkfusion.budget import ThinkingBudget
 from thinkfusion.budget_curve import DEFAULT_BUDGETS, measure_budgets
 from thinkfusion.generation import Sampling, generate
 from thinkfusion.grading import judge
-from thinkfusion.modes import Mode
+from thinkfusion.modes import THINK_CLOSE, Mode
 from thinkfusion.replying import Replier
 
 FIELDS = {"vllm": "thinking_token_budget", "llama": "thinking_budget_tokens"}
@@ -31,6 +31,16 @@ def closed_at(reference, budget):
     return generate(reference.model, reference.tokenizer, prompts, modes, sampling, logits_processor=closing)
 
 
+def closed_alike(theirs, ours):
+    """Whether reasoning was closed at the same token, and the same answer follows.
+
+    White space is kept, since it has tokens. Of a model that closes once more in its answer, vLLM drops the tag.
+    """
+    reasoning, _, answer = "".join(ours.pieces).partition(THINK_CLOSE)
+    plain = [text.replace(THINK_CLOSE, "").strip() for text in (theirs.answer, answer)]
+    return theirs.reasoning == reasoning and plain[0] == plain[1]
+
+
 def asked_with(server, reference, budget):
     field = {FIELDS[server.engine]: budget}
     with ThreadPoolExecutor(AT_A_TIME) as workers:
@@ -46,7 +56,7 @@ def test_a_budget_closes_where_ours_does(server, reference, figures):
     for budget in DEFAULT_BUDGETS:
         theirs, ours = asked_with(server, reference, budget), closed_at(reference, budget)
         pairs = list(zip(theirs, ours, strict=True))
-        equal[budget] = sum(each.written() == written(own) for each, own in pairs)
+        equal[budget] = sum(closed_alike(each, own) for each, own in pairs)
         tokens = [len(reference.ids(each.reasoning)) for each in theirs]
         marks = [
             judge(each.answer, prompt.solution, prompt.grader)
