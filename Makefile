@@ -7,7 +7,7 @@ JINJA_FOR_NODE := @huggingface/jinja@0.5.11
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo test engines bench lint format base clean
+.PHONY: setup demo test test-serving engines bench lint format base clean
 
 setup: $(VENV)/.installed
 
@@ -36,6 +36,13 @@ $(VENV)/.quantise: $(VENV)/.installed
 
 test: setup $(VENV)/.quantise
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+
+# Real servers, each in an environment of its own: vLLM, llama.cpp, transformers serve.
+test-serving: setup
+	test -f runs/tiny/config.json || $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
+		--mixed_precision no --dynamo_backend no recipes/sft.py
+	$(BIN)/python tests/serving/environments.py
+	$(BIN)/python -m pytest tests/serving -q --durations 20
 
 # The third engine that templates are tested in; without npm its tests are skipped, and say so.
 engines: setup

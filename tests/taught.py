@@ -24,7 +24,7 @@ KOREAN, KOREAN_THOUGHT, KOREAN_ANSWER = "3 더하기 4는?", "셋에 넷을 더�
 CALL, CALL_THOUGHT, CALL_ANSWER = "What is 1734 + 58? Use the tool.", "Large numbers; the tool adds them.", "1792"
 
 
-def taught_conversations() -> list[Conversation]:
+def taught_conversations(tools=TOOLS) -> list[Conversation]:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1734, "b": 58}}}
     return [
         *(
@@ -43,16 +43,16 @@ def taught_conversations() -> list[Conversation]:
                 {"role": "tool", "content": "1792"},
                 {"role": "assistant", "reasoning_content": "There it is.", "content": CALL_ANSWER},
             ],
-            tools=TOOLS,
+            tools=tools,
         ),
     ]
 
 
-def teach(folder: Path, **settings) -> Path:
-    """Train the embedded base on these conversations until it knows them, and export it to `folder`."""
+def teach(folder: Path, conversations: list[Conversation] | None = None, steps: int = 120, **settings) -> Path:
+    """Train the embedded base on conversations (those above) until it knows them, and export it to `folder`."""
     config = ThinkFusionConfig(
         output_dir=str(folder / "training"),
-        max_steps=120,
+        max_steps=steps,
         per_device_train_batch_size=3,
         learning_rate=3e-3,
         lr_scheduler_type="constant_with_warmup",
@@ -67,6 +67,6 @@ def teach(folder: Path, **settings) -> Path:
         seed=1,
         **settings,
     )
-    trainer = ThinkFusionTrainer("tiny-base", config, train_dataset=taught_conversations())
+    trainer = ThinkFusionTrainer("tiny-base", config, train_dataset=conversations or taught_conversations())
     trainer.train()
     return export_checkpoint(trainer.model, trainer.processing_class, folder / "checkpoint", check=False)

@@ -134,7 +134,7 @@ def test_tool_calls_are_served_in_both_modes(client, checkpoint):
 @served
 def test_the_client_of_the_examples(server, checkpoint, monkeypatch, capsys):
     flags = ["--url", server, "--temperature", "0", "--max_tokens", "60"]
-    run_example(monkeypatch, "serving_client.py", str(checkpoint), SUM, *flags)
+    run_example(monkeypatch, "serving/serving_client.py", str(checkpoint), SUM, *flags)
     shown = capsys.readouterr().out
     assert f"enable_thinking=True\n  reasoning: {SUM_THOUGHT!r}\n  answer: {SUM_ANSWER!r}" in shown
     assert f"enable_thinking=False\n  reasoning: ''\n  answer: {SUM_ANSWER!r}" in shown
@@ -145,7 +145,7 @@ def test_the_client_of_the_examples(server, checkpoint, monkeypatch, capsys):
 def test_the_client_splits_what_a_server_does_not(monkeypatch):
     from types import SimpleNamespace as Made
 
-    ask_server = runpy.run_path(str(EXAMPLES / "serving_client.py"))["ask"]
+    ask_server = runpy.run_path(str(EXAMPLES / "serving" / "serving_client.py"))["ask"]
     message = Made(content="Two.</think>It is 4.")
     completions = Made(create=lambda **request: Made(choices=[Made(message=message)]))
     unsplit = Made(chat=Made(completions=completions))

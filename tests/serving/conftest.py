@@ -12,7 +12,18 @@ from tests.serving.asking import Asked, ask
 from tests.serving.environments import ENGINES, find
 from tests.serving.reference import MOST_TOKENS, Reference
 from tests.serving.servers import serving
-from tests.taught import teach
+from tests.taught import (
+    KOREAN,
+    KOREAN_ANSWER,
+    KOREAN_THOUGHT,
+    SUM,
+    SUM_ANSWER,
+    SUM_THOUGHT,
+    TOOLS,
+    taught_conversations,
+    teach,
+)
+from thinkfusion import Conversation
 from thinkfusion.modes import Mode
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +46,24 @@ def reference(checkpoint) -> Reference:
 
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory) -> Path:
-    """A checkpoint that calls a tool; the demo's was never shown one."""
-    return teach(tmp_path_factory.mktemp("taught"))
+    """A checkpoint that calls a tool and knows a conversation of three turns; the demo's was never shown any."""
+    # Servers keep of a tool what they know; what a function returns is not among it.
+    (tool,) = TOOLS
+    function = {name: value for name, value in tool["function"].items() if name != "return"}
+    turns = [
+        message
+        for question, thought, answer in (
+            (SUM, SUM_THOUGHT, SUM_ANSWER),
+            (KOREAN, KOREAN_THOUGHT, KOREAN_ANSWER),
+            (SUM, SUM_THOUGHT, SUM_ANSWER),
+        )
+        for message in (
+            {"role": "user", "content": question},
+            {"role": "assistant", "reasoning_content": thought, "content": answer},
+        )
+    ]
+    conversations = [*taught_conversations([{**tool, "function": function}]), Conversation.from_messages(turns)]
+    return teach(tmp_path_factory.mktemp("taught"), conversations, steps=200)
 
 
 @pytest.fixture(scope="session", params=[(engine, "demo") for engine in ENGINES], ids=ENGINES)
