@@ -88,9 +88,7 @@ def call(name: str, arguments: str) -> str:
         return f"error: {error!r}"
 
 
-def use_tools(
-    client: OpenAI, model: str, question: str, *, thinking: bool, **settings
-) -> Iterator[tuple[str, str]]:
+def use_tools(client: OpenAI, model: str, question: str, *, thinking: bool, **settings) -> Iterator[tuple[str, str]]:
     """What happens until the answer: ("reasoning", …), ("call", …), ("answer", …)."""
     messages: list[dict] = [{"role": "user", "content": question}]
     for _ in range(MOST_CALLS):

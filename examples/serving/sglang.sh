@@ -3,4 +3,4 @@
 set -eu
 checkpoint=$1
 shift
-exec python -m sglang.launch_server --model-path "$checkpoint" --reasoning-parser qwen3 --tool-call-parser qwen25 "$@"
+exec python -m sglang.launch_server --model-path "$checkpoint" --reasoning-parser qwen3 "$@"

@@ -44,9 +44,7 @@ def ask(server: Server, messages: Sequence[Mapping[str, Any]], mode: Mode, **set
 
 def stream(server: Server, messages: Sequence[Mapping[str, Any]], mode: Mode, **settings: Any) -> Asked:
     body = json.dumps(request(server, messages, mode, **settings, stream=True)).encode()
-    sent = urllib.request.Request(
-        f"{server.address}/v1/chat/completions", body, {"Content-Type": "application/json"}
-    )
+    sent = urllib.request.Request(f"{server.address}/v1/chat/completions", body, {"Content-Type": "application/json"})
     parts, order, finish = {"reasoning": "", "answer": ""}, [], ""
     with urllib.request.urlopen(sent, timeout=REQUEST_SECONDS) as lines:
         for line in lines:

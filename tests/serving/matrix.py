@@ -19,7 +19,7 @@ class Row(NamedTuple):
 
 SYSTEM = {"English": "Answer in one line.", "Korean": "한 줄로 답하세요."}
 ASKED = {
-    "English": ["What is 2 + 2?", "And its half?\nShow \"quotes\" & <tags>.", "  Which digit of 5, 4, 6 is largest? "],
+    "English": ["What is 2 + 2?", 'And its half?\nShow "quotes" & <tags>.', "  Which digit of 5, 4, 6 is largest? "],
     "Korean": ["3 더하기 4는?", "그 절반은?\n‘따옴표’ & <꺾쇠> 🙂", "  5, 4, 6 중 가장 큰 것은? "],
 }
 THOUGHT = {"English": "Two and two.\nThat makes four.", "Korean": "셋에 넷을 더합니다.\n일곱입니다."}
