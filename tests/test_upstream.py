@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of the libraries under us that we work around. When a test here fails, its workaround can go."""
 
+import json
 import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import Trainer
 
+from tests.tiny_models import tiny_random_model
 from thinkfusion import ThinkFusionConfig, ThinkFusionTrainer, generate_samples, read_conversations
 
 
@@ -60,3 +64,30 @@ def test_accelerate_starts_one_process_on_a_cpu(tmp_path):
         [*command, str(script)], capture_output=True, text=True, env=environment, check=True, timeout=120
     )
     assert done.stdout.split("\n")[:-1] == ["started None 29511"]
+
+
+@pytest.mark.parametrize(
+    ("family", "missing"),
+    [
+        ("axk1", ("topk_method", "scoring_func", "moe_layer_freq", "first_k_dense_replace")),
+        ("deepseek_v3", ("topk_method", "scoring_func", "moe_layer_freq")),
+        ("deepseek_v2", ("scoring_func", "moe_layer_freq")),
+        ("minimax_m2", ("scoring_func", "use_routing_bias", "use_qk_norm", "rotary_dim")),
+        ("qwen3_moe", ("num_experts", "rope_theta")),
+        ("afmoe", ("score_func", "route_norm")),
+        ("bailing_hybrid", ("score_function", "moe_router_enable_expert_bias", "use_bias")),
+    ],
+)
+def test_transformers_does_not_write_what_servers_read(tmp_path, family, missing):
+    """`exporting.server_settings` adds it; a name that is there now can go from it."""
+    tiny_random_model(family).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {*missing}.isdisjoint(written)
+
+
+def test_transformers_drops_a_norm_that_servers_load(tmp_path):
+    """A.X K1's dense layers have one in the released checkpoints; `exporting` puts it back."""
+    tiny_random_model("axk1").save_pretrained(tmp_path)
+    names = [name for name in load_file(tmp_path / "model.safetensors") if "post_mlp_layernorm" in name]
+    assert names
+    assert not [name for name in names if name.startswith("model.layers.0.")]

@@ -6,8 +6,8 @@
 A random model of the family, of sizes that vLLM takes on a CPU, is fine-tuned for a few steps with LoRA on its experts,
 exported in float32, and loaded by the engine in a process of its own. Both sides get the same token ids: the
 log-probabilities of every prompt token, and of the tokens of a greedy reply, have to agree. The file has `family`,
-`loaded`, `tokens_equal`, `prompts`, and beside them `largest_difference` of the log-probabilities (of prompts, and of
-replies as far as they are equal), the versions, and the `reason` where something is amiss. `--family all` writes a list.
+`loaded`, `tokens_equal`, `prompts`, and beside them `largest_difference` of the log-probabilities (of prompts, and
+of replies as far as they are equal), versions, and the `reason` where something is amiss. `--family all` writes a list.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from tests.serving.environments import find  # noqa: E402
 from tests.tiny_models import tiny_random_model  # noqa: E402
 from thinkfusion import (  # noqa: E402
     Conversation,
@@ -44,7 +45,6 @@ FAMILIES = (
     *("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "axk1", "deepseek_v3", "gpt_oss", "glm4_moe", "granitemoe"),
     *("minimax_m2", "ernie4_5_moe"),
 )
-INTERPRETER = "THINKFUSION_SERVING_VLLM"
 TOLERANCE = 1e-3
 NEW_TOKENS = 16
 PROMPTS = 8
@@ -75,7 +75,7 @@ query of three dimensions. Without that kernel, PyTorch rotates them, and the lo
 ENGINE_OPTIONS = {"axk1": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION}
 
 
-def export_trained(family: str, folder: Path) -> None:
+def export_trained(family: str, folder: Path, *, zero_bias: bool = False) -> None:
     """A random model of the family, fine-tuned for a few steps with LoRA on its experts, in `folder`."""
     _, tokenizer = load_checkpoint("tiny-base")
     rows = [
@@ -88,6 +88,10 @@ def export_trained(family: str, folder: Path) -> None:
         for sample in generate_samples(32, seed=0)
     ]
     model = tiny_random_model(family, **{**SIZES, **OWN_SIZES.get(family, {})})
+    if zero_bias:
+        for name, values in [*model.named_parameters(), *model.named_buffers()]:
+            if "correction_bias" in name:
+                values.data.zero_()
     # The markup of the embedded base's own tokenizer, whatever the family's is.
     install_chat_template(tokenizer, model, dialect="chatml")
     settings = ThinkFusionConfig(
@@ -186,7 +190,11 @@ def vllm_says(folder: Path, prompts: list[list[int]], python: str, options: dict
     options: further arguments of the engine.
     """
     given, answer = folder / "given.json", folder / "answer.json"
-    given.write_text(json.dumps({"folder": str(folder / "checkpoint"), "prompts": prompts, "new_tokens": NEW_TOKENS, "options": options}))
+    given.write_text(
+        json.dumps(
+            {"folder": str(folder / "checkpoint"), "prompts": prompts, "new_tokens": NEW_TOKENS, "options": options}
+        )
+    )
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -230,11 +238,11 @@ def compared(expected: list[dict[str, Any]], found: list[dict[str, Any]], prompt
     return {"tokens_equal": equal, "largest_difference": max(largest.values()), "differences": largest, "ties": ties}
 
 
-def measure(family: str, python: str) -> dict[str, Any]:
-    """Everything of one family."""
+def measure(family: str, python: str, *, zero_bias: bool = False) -> dict[str, Any]:
+    """Everything of one family; with `zero_bias`, of one whose routers correct no score."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        export_trained(family, folder)
+        export_trained(family, folder, zero_bias=zero_bias)
         prompts = prompts_of(folder / "checkpoint")
         answer = vllm_says(folder, prompts, python, ENGINE_OPTIONS.get(family, {}))
         result: dict[str, Any] = {"family": family, "engine": "vllm", "prompts": len(prompts), "tokens_equal": False}
@@ -250,14 +258,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("vllm",), default="vllm")
     parser.add_argument("--family", choices=(*FAMILIES, "all"), required=True)
+    parser.add_argument("--zero_bias", action="store_true", help="set the routers' correction biases to zero first")
     parser.add_argument("--json", metavar="FILE", required=True)
     options = parser.parse_args()
-    python = os.environ.get(INTERPRETER) or str(ROOT / ".venv-serving" / "vllm" / "bin" / "python")
-    if not Path(python).is_file():
-        parser.error(f"vLLM: {python} is not there. Run make test-serving once, or name its Python in {INTERPRETER}.")
+    environment = find(options.engine)
+    if environment.python is None:
+        parser.error(f"{options.engine}: {environment.reason}")
+    python = str(environment.python)
     results = []
     for family in FAMILIES if options.family == "all" else (options.family,):
-        results.append(measure(family, python))
+        results.append(measure(family, python, zero_bias=options.zero_bias))
         written = results if options.family == "all" else results[0]
         Path(options.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         shown = {name: value for name, value in results[-1].items() if name != "reason"}
