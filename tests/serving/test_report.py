@@ -16,7 +16,8 @@ def report(*arguments):
 
 def test_the_report_through_an_endpoint(server, checkpoint, tmp_path, figures):
     report(checkpoint, "--output", tmp_path / "checkpoint")
-    report("--endpoint", f"{server.address}/v1", "--model", server.model, "--output", tmp_path / "endpoint")
+    asked = ("--endpoint", f"{server.address}/v1", "--model", server.model, "--tokenizer", checkpoint)
+    report(*asked, "--output", tmp_path / "endpoint")
     ours, theirs = (
         json.loads((tmp_path / name / "mode_report.json").read_text())["modes"] for name in ("checkpoint", "endpoint")
     )
