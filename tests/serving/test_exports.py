@@ -135,6 +135,7 @@ def without(folder, *, settings=(), weights=""):
     ("family", "missing"),
     [
         ("axk1", {"weights": "layers.0.post_mlp_layernorm.weight"}),
+        ("deepseek_v3", {"settings": ("topk_method", "scoring_func")}),
         ("minimax_m2", {"settings": ("rotary_dim",)}),
     ],
 )
@@ -143,13 +144,3 @@ def test_vllm_does_not_load_what_transformers_writes(tmp_path, family, missing):
     without(tmp_path, **missing)
     answer, _ = asked(tmp_path)
     assert not answer["loaded"], "vLLM loads it now: the export need not add this any more"
-
-
-def test_vllm_routes_deepseek_by_settings_that_transformers_does_not_write(tmp_path):
-    exports.export_trained("deepseek_v3", tmp_path)
-    without(tmp_path, settings=("topk_method", "scoring_func"))
-    answer, prompts = asked(tmp_path, **exports.NATIVE_ROTATION)
-    if answer["loaded"] and "replies" in answer:
-        expected = exports.transformers_says(tmp_path / "checkpoint", prompts)
-        result = exports.compared(expected, answer["replies"], prompts)
-        assert result["largest_difference"] > exports.TOLERANCE, "equal now: the export need not add these any more"
