@@ -281,6 +281,7 @@ def main() -> None:
         budget_samples=200,
         probe=64,
     )
+    proof.measured["probe"]["history"] = trainer.switch_probe.history if trainer.switch_probe else []
     save_report(proof, training.output_dir, checkpoint=training.output_dir)
     page = save_page(proof, training.output_dir, title=training.output_dir)
     print(mode_table(proof), "", *verdict_lines(proof), f"The report is a page: {page}", sep="\n")

@@ -58,6 +58,7 @@ _HOME = {
     "stream_reply": "generation",
     "EvaluationPrompt": "prompts",
     "ModeReport": "evaluation",
+    "switch_probe": "probing",
     "evaluate_modes": "evaluation",
     "overlap_with_training": "prompts",
     "brevity": "rewards",
@@ -129,6 +130,7 @@ if TYPE_CHECKING:
     from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator
     from thinkfusion.preferences import PreferenceIds, read_preferences
     from thinkfusion.preparing import prepare
+    from thinkfusion.probing import switch_probe
     from thinkfusion.prompts import EvaluationPrompt, overlap_with_training, read_prompts, task_prompts
     from thinkfusion.publishing import plan_upload, push_checkpoint
     from thinkfusion.qlora import load_in_4bit

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -14,6 +14,7 @@ from trl import SFTTrainer
 from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replies, summarise, task_prompts
 from thinkfusion.generation import Sampling
 from thinkfusion.modes import Mode
+from thinkfusion.probing import PROBED, Reference, probe_entry, probe_references
 from thinkfusion.routing import RouteCounter, RoutingReport
 from thinkfusion.trainable import check_gradients, trained_line
 
@@ -94,7 +95,79 @@ class ModeEvaluationCallback(TrainerCallback):
         self.trainer.model.eval()
         self.trainer.log(figures)
         self.trainer.model.train()
+        if getattr(self.trainer, "switch_probe", None) is not None:
+            self.trainer.switch_probe.measure(step)
         return report
+
+
+CLOSES_AT_LEAST = 0.05
+"""The closing token's probability that is expected after a tenth of a training; a row that learns is far above it."""
+
+
+class SwitchProbeCallback(TrainerCallback):
+    """The switch probe (`thinkfusion.probing`) while training: at every evaluation, of either kind, and at a tenth.
+
+    Logs `eval_probe_<name>` of `closes`, `closes_inside`, `trace_begins` and `answer_begins`; `history` has them by
+    step. After a tenth of the steps it warns if the model does not close its traces yet: by then it should.
+    The random state is left as it was.
+    """
+
+    def __init__(self, trainer: SFTTrainer, references: Sequence[Reference], closing_id: int) -> None:
+        self.trainer, self.references, self.closing_id = trainer, list(references), closing_id
+        self.measured_at: int | None = None
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if state.global_step == max(1, -(-state.max_steps // 10)):
+            should_log = control.should_log
+            closes = self.measure(state.global_step).get("closes")
+            control.should_log = should_log
+            if closes is not None and closes < CLOSES_AT_LEAST and state.is_world_process_zero:
+                logger.warning("%s", dead_closing_token(closes, state.global_step, state.max_steps))
+        return control
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        should_log = control.should_log
+        self.measure(state.global_step)
+        control.should_log = should_log
+        return control
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """The probe of the model as it is now, logged; once for a step. Every process finds the same."""
+        if self.measured_at == step:
+            return self.history[-1]
+        self.measured_at = step
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        found = probe_entry(probe_references(model, self.references, self.closing_id))
+        self.trainer.model.eval()
+        self.trainer.log({f"eval_probe_{name}": found[name] for name in PROBE_NAMES if found[name] is not None})
+        self.trainer.model.train()
+        return found
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return probe_history(self.trainer.state.log_history)
+
+
+PROBE_NAMES = tuple(name for names in PROBED.values() for name in names)
+
+
+def probe_history(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The probe by step, from a trainer's log: what a report's page draws as `probe/history`."""
+    points = []
+    for record in log_history:
+        found = {name: record[f"eval_probe_{name}"] for name in PROBE_NAMES if f"eval_probe_{name}" in record}
+        if found:
+            points.append({"step": record["step"], **found})
+    return points
+
+
+def dead_closing_token(closes: float, step: int, steps: int) -> str:
+    """What to do when the closing token does not come alive."""
+    return (
+        f"Switch probe: after {step:,} of {steps:,} steps the closing token has probability {closes:.3f} after a whole "
+        f"trace, less than {CLOSES_AT_LEAST}: thinking replies would not close their traces, whatever the loss says. "
+        "Stop, and set control_token_learning_rate (7 to 25 times learning_rate) and control_token_weight (5 to 10)."
+    )
 
 
 class GradientCheck(TrainerCallback):

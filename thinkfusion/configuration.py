@@ -153,12 +153,20 @@ class ThinkFusionConfig(TrainedParts, SFTConfig):
         default=1.0, metadata={"help": "Weight in the loss of the </think> that ends a trace."}
     )
     """The weight in the loss of the `</think>` that ends a trace. The loss stays divided by the number of tokens."""
+    probe_rows: int = field(
+        default=16, metadata={"help": "Rows of each mode for the switch probe while training; 0: none."}
+    )
+    """Rows of each mode for the switch probe: measured at every evaluation, and after a tenth of the steps, where it
+    warns of a closing token that does not come alive. Those of eval_dataset if there is one, else the first that are
+    trained on. Not under sharded weights."""
 
     def __post_init__(self) -> None:
         for name in ("control_token_learning_rate", "control_token_weight"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: found {value}, expected a number above 0.")
+        if self.probe_rows < 0:
+            raise ValueError(f"probe_rows: found {self.probe_rows}, expected at least 0.")
         self.settle()
         get_scheme(self.scheme)
         if self.dialect is not None:

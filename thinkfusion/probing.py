@@ -3,56 +3,227 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from thinkfusion.chat_templates import installed_template
 from thinkfusion.conversations import Conversation
+from thinkfusion.formats import RecordOptions, detect_format
+from thinkfusion.generation import Prompter
 from thinkfusion.intervals import mean
 from thinkfusion.modes import Mode
-from thinkfusion.rendering import render, scheme_of
+from thinkfusion.records import read_row
+from thinkfusion.rendering import IGNORED, render, scheme_of
+from thinkfusion.sequences import MODES
 from thinkfusion.tasks import generate_samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PROBED = {Mode.THINKING: ("closes", "closes_inside", "trace_begins"), Mode.NON_THINKING: ("answer_begins",)}
+"""The probabilities of each mode."""
+
+
+class Reference(NamedTuple):
+    """A sequence to be looked at: `first` is where what the model writes begins, `closing` where its trace ends."""
+
+    ids: list[int]
+    mode: Mode
+    first: int
+    closing: int | None
+
+
+def switch_probe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[Conversation | Mapping[str, Any]],
+    *,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """What the model would write where the modes part: one teacher-forced forward pass of a row, no generation.
+
+    pairs: conversations, or rows of any format that is read, with reasoning and answer; they should be held out. The
+        last exchange of each is looked at in both modes; one without reasoning in non-thinking mode only.
+
+    By mode, means over the rows with 95 % intervals. `thinking`: `closes`, the probability of the closing token after
+    the whole reference trace; `closes_inside`, that of the same token before, mean over the places of the trace (near
+    0: no trace is cut short); `trace_begins`, that of the first token after the prefix. `non_thinking`:
+    `answer_begins`, that of the answer's first token. `samples` are the rows, in all and of each mode.
+
+    It costs about as much as two tokens of generation for each row. Works with any switchable template.
+
+    Raises ValueError if there are no rows, or the template has no switch; DataError for a bad row.
+    """
+    prober = Prober(tokenizer)
+    rows = (_conversation(line, row) for line, row in enumerate(pairs, start=1))
+    references = [reference for row in rows for reference in prober.references(row)]
+    return probe_references(model, references, prober.closing_id, batch_size=batch_size)
+
 
 def measure_probe(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, samples: int = 64, seed: int = 0
 ) -> dict[str, Any]:
-    """Teacher-forced probabilities on reference rows of the embedded tasks that are kept for evaluation.
+    """`switch_probe` on rows of the embedded tasks that are kept for evaluation, as the entry of a report."""
+    return probe_entry(switch_probe(model, tokenizer, task_pairs(samples, seed=seed)))
 
-    Means with intervals: `closes`, of the closing token after a whole trace; `trace_begins` and `answer_begins`, of
-    the reference's first token after the prefix of thinking and of non-thinking mode. A switch that works has all
-    three near those of its training data; `closes` near 0 is a trace that will never end, whatever the loss says.
-    """
+
+def task_pairs(samples: int, *, seed: int = 0) -> list[Conversation]:
+    """Rows of the embedded tasks with their reasoning, from those kept for evaluation."""
+    return [
+        Conversation.from_messages(
+            [
+                {"role": "user", "content": sample.question},
+                {"role": "assistant", "content": sample.answer, "reasoning_content": sample.reasoning},
+            ]
+        )
+        for sample in generate_samples(samples, seed=seed, split="evaluation")
+    ]
+
+
+def probe_entry(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `switch_probe` found in one level, as reports and logs have it."""
+    entry = {"samples": found["samples"]}
+    for values in (found.get(mode.value, {}) for mode in Mode):
+        entry |= {name: value for name, value in values.items() if name != "samples"}
+    return entry
+
+
+class Prober:
+    """Makes references for one tokenizer, with a template of ours or any other that has a switch."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.scheme = tokenizer, scheme_of(tokenizer)
+        self.closing_id: int = tokenizer.convert_tokens_to_ids(self.scheme.closing_token)
+        self._prompter = None if installed_template(tokenizer) else Prompter(tokenizer)
+
+    def references(self, row: Conversation) -> Iterator[Reference]:
+        """The last exchange in each mode that it can be rendered in."""
+        for mode in Mode:
+            if mode is Mode.THINKING and not row.exchanges[-1].has_reasoning:
+                continue
+            ids, first = self._rendered(row, mode)
+            yield as_reference(ids, mode, first, self.closing_id)
+
+    def _rendered(self, row: Conversation, mode: Mode) -> tuple[list[int], int]:
+        if self._prompter is None:
+            rendered = render(row, self.tokenizer, mode)
+            return rendered.ids, rendered.trained.index(True)
+        # A template of others is asked for the prompt alone; what follows it is the scheme's.
+        step = row.exchanges[-1].steps_in(mode)[0]
+        messages = row.to_messages(mode)
+        prompt = messages[: len(messages) - len(row.exchanges[-1].steps_in(mode))]
+        ids = self._prompter.prompt_ids(prompt, mode, list(row.tools) or None)
+        written = step.content
+        if mode is Mode.THINKING:
+            start, end = "".join(self.scheme.thinking_start), "".join(self.scheme.thinking_end)
+            written = start + (step.reasoning or "") + end + written
+        return [*ids, *self.tokenizer(written, add_special_tokens=False)["input_ids"]], len(ids)
+
+
+def as_reference(ids: Sequence[int], mode: Mode, first: int, closing_id: int) -> Reference:
+    """A reference without what follows the last place that is looked at."""
+    closing = None
+    if mode is Mode.THINKING and closing_id in ids[first:]:
+        closing = list(ids).index(closing_id, first)
+    return Reference(list(ids[: (first if closing is None else closing) + 1]), mode, first, closing)
+
+
+def prepared_references(sequences: Any, closing_id: int, *, samples: int) -> list[Reference]:
+    """References of the first `samples` sequences of each mode of a data set that `prepare` made, or of a stream."""
+    from datasets import Dataset
+
+    found: dict[Mode, list[Reference]] = {mode: [] for mode in Mode}
+    if isinstance(sequences, Dataset):
+        modes = sequences["mode"]
+        places = [index for mode in range(len(MODES)) for index in _first_of(modes, mode, samples)]
+        rows: Iterable[Any] = (sequences[index] for index in places)
+    else:
+        rows = islice(sequences, 8 * samples)
+    for row in rows:
+        mode = MODES[int(row["mode"])]
+        labels = [int(label) for label in row["labels"]]
+        first = next((index for index, label in enumerate(labels) if label != IGNORED), None)
+        if first is not None and len(found[mode]) < samples:
+            found[mode].append(as_reference([int(token) for token in row["input_ids"]], mode, first, closing_id))
+    return [reference for mode in Mode for reference in found[mode]]
+
+
+def _first_of(modes: Iterable[int], mode: int, count: int) -> Iterator[int]:
+    return islice((index for index, given in enumerate(modes) if given == mode), count)
+
+
+def probe_references(
+    model: PreTrainedModel, references: Sequence[Reference], closing_id: int, *, batch_size: int = 8
+) -> dict[str, Any]:
+    """The figures of `switch_probe` on references; the model is left as it was."""
     import torch
 
-    scheme = scheme_of(tokenizer)
-    closing = tokenizer.convert_tokens_to_ids(scheme.closing_token)
+    if not references:
+        raise ValueError("switch_probe: there are no rows; give at least one.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: found {batch_size}, expected at least 1.")
+    values: dict[str, list[float]] = {name: [] for names in PROBED.values() for name in names}
+    # Of similar length, since padding is computed too.
+    ordered = sorted(references, key=lambda reference: len(reference.ids))
+    with _evaluating(model), torch.no_grad():
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            longest = len(batch[-1].ids)
+            ids = torch.tensor([[*each.ids, *[0] * (longest - len(each.ids))] for each in batch], device=model.device)
+            mask = torch.tensor([[1] * len(each.ids) + [0] * (longest - len(each.ids)) for each in batch])
+            logits = model(ids, attention_mask=mask.to(model.device), use_cache=False).logits
+            for reference, scores in zip(batch, logits, strict=True):
+                _note(values, reference, scores, closing_id)
+    found: dict[str, Any] = {"samples": 0}
+    for mode, names in PROBED.items():
+        count = sum(reference.mode is mode for reference in references)
+        found["samples"] = max(found["samples"], count)
+        found[mode.value] = {"samples": count}
+        for name in names:
+            found[mode.value] |= mean(name, values[name]) if values[name] else {name: None, f"{name}_interval": None}
+    return found
+
+
+def _note(values: dict[str, list[float]], reference: Reference, scores: Any, closing_id: int) -> None:
+    """Add a row's probabilities; scores: (length, vocabulary). What stands at a place is told from the one before."""
+    ids, first, closing = reference.ids, reference.first, reference.closing
+    logs = scores[first - 1 : len(ids) - 1].float().log_softmax(-1)  # (what the model writes, vocabulary)
+    begins = "trace_begins" if reference.mode is Mode.THINKING else "answer_begins"
+    if closing != first:
+        values[begins].append(float(logs[0, ids[first]].exp()))
+    if closing is None:
+        return
+    closes = logs[:, closing_id].exp()
+    values["closes"].append(float(closes[closing - first]))
+    if closing > first:
+        values["closes_inside"].append(float(closes[: closing - first].mean()))
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     config, training = model.config.get_text_config(), model.training
     logits = getattr(config, "output_router_logits", None)
-    found: dict[str, list[float]] = {"closes": [], "trace_begins": [], "answer_begins": []}
     model.eval()
     if logits is not None:
         config.output_router_logits = False
     try:
-        for sample in generate_samples(samples, seed=seed, split="evaluation"):
-            answer = {"role": "assistant", "content": sample.answer, "reasoning_content": sample.reasoning}
-            row = Conversation.from_messages([{"role": "user", "content": sample.question}, answer])
-            for mode in Mode:
-                rendered = render(row, tokenizer, mode)
-                first = rendered.trained.index(True)
-                places = {"trace_begins" if mode is Mode.THINKING else "answer_begins": first}
-                if mode is Mode.THINKING and closing in rendered.ids[first:]:
-                    places["closes"] = rendered.ids.index(closing, first)
-                with torch.no_grad():
-                    scores = model(torch.tensor([rendered.ids], device=model.device)).logits[0].float()
-                for name, place in places.items():
-                    found[name].append(float(scores[place - 1].softmax(-1)[rendered.ids[place]]))
+        yield
     finally:
         model.train(training)
         if logits is not None:
             config.output_router_logits = logits
-    figures: dict[str, Any] = {"samples": samples}
-    for name, values in found.items():
-        figures |= mean(name, values)
-    return figures
+
+
+def _conversation(line: int, row: Conversation | Mapping[str, Any]) -> Conversation:
+    if isinstance(row, Conversation):
+        return row
+    options = RecordOptions()
+    options = replace(options, format=detect_format(row, options, "pairs"))
+    outcome = read_row(line, row, "pairs", options)
+    if outcome.conversation is None:
+        assert outcome.error is not None
+        raise outcome.error
+    return outcome.conversation

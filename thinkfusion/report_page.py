@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from thinkfusion.evaluation import ModeReport
 from thinkfusion.modes import Mode
 from thinkfusion.obedience import WORDS
-from thinkfusion.report_plots import Bars, Dot, budget_plot, histogram, interval_plot
+from thinkfusion.report_plots import Bars, Dot, Line, budget_plot, histogram, interval_plot, step_plot
 from thinkfusion.route_drawing import STYLE, routes_fragment
 from thinkfusion.row_report import printable
 from thinkfusion.transcripts import KINDS, PER_KIND, Failure, pieces
@@ -357,15 +357,42 @@ def _probe(figures: Figures) -> str:
         [f"<b>{label}</b><span>{about}</span>", figures.with_interval(f"/probe/{name}", "probability")]
         for name, label, about in (
             ("closes", "the closing token", "after a whole reference trace"),
+            ("closes_inside", "the closing token, early", "inside the reference traces, mean over their places"),
             ("trace_begins", "the trace's first token", "after the prefix of thinking mode"),
             ("answer_begins", "the answer's first token", "after the prefix of non-thinking mode"),
         )
     ]
     about = (
         f"Probabilities on {figures.one('/probe/samples', 'count')} reference rows, by one forward pass and without "
-        "generation: the early warning. Near zero for the closing token is a trace that never ends."
+        "generation: the early warning. Near zero for the closing token is a trace that never ends; well above zero "
+        "inside traces is one that ends early."
     )
-    return _section("Switch probe", about, _table(["probability of", "mean"], rows, "main"))
+    return _section("Switch probe", about, _table(["probability of", "mean"], rows, "main") + _probe_history(figures))
+
+
+def _probe_history(figures: Figures) -> str:
+    points = figures.at("/probe/history")
+    if not points:
+        return ""
+    lines = [
+        Line(
+            label,
+            kind,
+            [
+                (point["step"], Dot(f"/probe/history/{place}/{name}", point[name], None, kind, label))
+                for place, point in enumerate(points)
+                if point.get(name) is not None
+            ],
+        )
+        for name, label, kind in (
+            ("closes", "closing token after the trace", "t"),
+            ("closes_inside", "closing token inside it", "t dashed"),
+            ("trace_begins", "trace begins", "t dotted"),
+            ("answer_begins", "answer begins", "n"),
+        )
+    ]
+    drawn = step_plot([line for line in lines if line.points], "The switch probe over the steps of training")
+    return f'<p class="about">While it was trained, by step:</p><div class="wide">{drawn}</div>'
 
 
 def _comparison(figures: Figures) -> str:

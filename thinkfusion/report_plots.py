@@ -119,3 +119,45 @@ def _budget_plot(points: Sequence[tuple[int, Dot]], title: str) -> Iterator[str]
     yield f'<polyline class="t" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in where)}"/>'
     yield f'<text class="tick" x="{(left + right) / 2:.0f}" y="{base + 36}" text-anchor="middle">'
     yield "thinking budget, tokens</text></svg>"
+
+
+class Line(NamedTuple):
+    """A probability over steps: its label, its class (t or n, and dashed or dotted), and its dots by step."""
+
+    label: str
+    kind: str
+    points: Sequence[tuple[int, Dot]]
+
+
+def step_plot(lines: Sequence[Line], title: str) -> str:
+    """Shares from 0 to 100 % over the steps of a training, a line each, named at its side."""
+    return "".join(_step_plot(lines, title))
+
+
+def _step_plot(lines: Sequence[Line], title: str) -> Iterator[str]:
+    left, right, top, base = 56.0, WIDTH - 190.0, 12.0, 196.0
+    last = max((step for line in lines for step, _ in line.points), default=0) or 1
+    yield f'<svg class="plot" viewBox="0 0 {WIDTH} 236" role="img"><title>{escape(title)}</title>'
+    for step in range(0, 101, 25):
+        y = base - (base - top) * step / 100
+        yield f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>'
+        yield f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{step} %</text>'
+    for share in (0.0, 0.5, 1.0):
+        x = left + (right - left) * share
+        yield f'<text class="tick" x="{x:.1f}" y="{base + 18}" text-anchor="middle">{round(share * last):,}</text>'
+    for place, (label, kind, points) in enumerate(lines):
+        where = [
+            (left + (right - left) * step / last, base - (base - top) * dot.value)
+            for step, dot in points
+            if dot.value is not None
+        ]
+        yield f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in where)}"/>'
+        letter = kind.partition(" ")[0]
+        for (x, y), (step, dot) in zip(where, points, strict=True):
+            told = f"step {step:,}, {label}: {100 * (dot.value or 0):.1f} %"
+            yield f'<g class="{letter}" {marked(dot.pointer, dot.value)}><title>{escape(told)}</title>'
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/></g>'
+        y = top + 20 * place + 6
+        yield f'<polyline class="{kind}" points="{right + 12:.1f},{y:.1f} {right + 34:.1f},{y:.1f}"/>'
+        yield f'<text class="tick" x="{right + 40:.1f}" y="{y + 4:.1f}">{escape(label)}</text>'
+    yield f'<text class="tick" x="{(left + right) / 2:.0f}" y="{base + 36}" text-anchor="middle">step</text></svg>'

@@ -66,8 +66,10 @@ def measured_lines(report: ModeReport) -> list[str]:
     ]
     if "probe" in report.measured:
         probe = report.measured["probe"]
-        names = {"closes": "closing token", "trace_begins": "trace", "answer_begins": "answer"}
-        lines.append("probe: " + ", ".join(f"{text} {probe[name]:.3f}" for name, text in names.items()))
+        names = {"closes": "closing token", "closes_inside": "inside traces", "trace_begins": "trace"}
+        names["answer_begins"] = "answer"
+        known = ((text, probe.get(name)) for name, text in names.items())
+        lines.append("probe: " + ", ".join(f"{text} {value:.3f}" for text, value in known if value is not None))
     if "comparison" in report.measured:
         lines += _comparison_lines(report.measured["comparison"])
     for task, metrics in report.measured.get("harness", {}).items():

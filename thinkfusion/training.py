@@ -16,7 +16,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from thinkfusion.balance import Balancer, BiasUpdate
-from thinkfusion.callbacks import GradientCheck, RoutingCallback
+from thinkfusion.callbacks import GradientCheck, RoutingCallback, SwitchProbeCallback
 from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template
 from thinkfusion.checkpointing import checkpoint_to_train
 from thinkfusion.configuration import ThinkFusionConfig
@@ -25,6 +25,7 @@ from thinkfusion.conversations import Conversation
 from thinkfusion.hub_training import HubTrainer
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
+from thinkfusion.probing import prepared_references
 from thinkfusion.quantising import is_quantised
 from thinkfusion.rendering import IGNORED
 from thinkfusion.routing import RouteCounter
@@ -47,7 +48,8 @@ class ThinkFusionTrainer(HubTrainer):
     peft_config: a LoRA configuration; True for the one of `thinkfusion.lora_config`, with `args`' `train_…`.
 
     A tokenizer without our chat template gets it installed, and the model the embeddings of new control tokens.
-    `row_report` tells what became of the training rows. Logs `loss_thinking`, `loss_non_thinking` (mean loss of
+    `row_report` tells what became of the training rows. `switch_probe` measures on the way whether the switch comes
+    alive (see `SwitchProbeCallback`), and warns if not. Logs `loss_thinking`, `loss_non_thinking` (mean loss of
     a trained token, since the last log) and `tokens_thinking`, `tokens_non_thinking` (trained tokens so far).
 
     Raises DataError for rows that cannot be trained on, ValueError for settings that contradict each other.
@@ -115,10 +117,22 @@ class ThinkFusionTrainer(HubTrainer):
         if args.routing_steps:
             self._routes = RouteCounter(self.model)
             self.add_callback(RoutingCallback(self, self._routes, every_steps=args.routing_steps))
+        self.switch_probe = self._probe(train_dataset if eval_dataset is None else eval_dataset)
         give_bias(self.model)
         if self.sequence_layout != "padded":
             self.train_dataset = self._rows(train_dataset, args.train_batch_size)
             self.eval_dataset = None if eval_dataset is None else self._rows(eval_dataset, args.eval_batch_size)
+
+    def _probe(self, sequences: Any) -> SwitchProbeCallback | None:
+        """The switch probe on the way; not where a process holds a part of the weights only."""
+        if not self.args.probe_rows or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        references = prepared_references(sequences, self._closing_id, samples=self.args.probe_rows)
+        if not references:
+            return None
+        probe = SwitchProbeCallback(self, references, self._closing_id)
+        self.add_callback(probe)
+        return probe
 
     def _collator(self, tokenizer: PreTrainedTokenizerBase) -> PaddingCollator | RowCollator:
         if self.sequence_layout == "padded":
