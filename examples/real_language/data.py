@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real text for both modes: grade-school problems with their solutions, instructions, and conversations with tools.
+
+The folder is given by the user (or is `../shared/data` beside the repository), and nothing of it is kept here:
+
+    gsm8k_train.jsonl, gsm8k_test.jsonl    question, answer (openai/grade-school-math, MIT)
+    alpaca.json                            instruction, input, output
+    glaive_toolcall.json                   ShareGPT with calls and results
+    reason_tool_use.jsonl                  messages with reasoning and calls (of these two, either may be absent)
+
+A problem is a row with a trace: its worked solution, without the calculator's marks, is the reasoning, and its last
+line the answer, so that both modes can answer it. An instruction is answered in non-thinking mode alone, so that it
+can be measured whether thinking mode holds where it was never trained. What is drawn depends on the seed alone, and
+fewer rows are the first of more.
+"""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkfusion import Conversation, EvaluationPrompt, RecordOptions, read_conversations
+
+DEFAULT = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+NEEDED = ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "alpaca.json")
+TOOLS = ("glaive_toolcall.json", "reason_tool_use.jsonl")
+HELD_OUT_SEED = 2026
+"""Decides what is held out, whatever the seed of the training is."""
+ALPACA_HELD_OUT, PROBE_ROWS, FLIP_TURNS = 200, 64, 3
+LONGEST_CHARACTERS = 2400
+"""Of a row with all its messages and tools: about 600 tokens."""
+MULTI_TURN_SHARE, ALPACA_SHARE, TOOLS_SHARE = 0.25, 0.125, 0.0625
+"""Share of the problems that stand in conversations of two; further rows for each problem."""
+_MARK = re.compile(r"<<[^>]*>>")
+
+
+class DataMissingError(Exception):
+    """The data is not where it was looked for."""
+
+
+@dataclass(frozen=True)
+class RealData:
+    """Everything that is trained and measured; `folder` holds the files."""
+
+    folder: Path
+    problems: tuple[dict[str, str], ...]
+    tests: tuple[dict[str, str], ...]
+    instructions: tuple[dict[str, str], ...]
+    held_out_instructions: tuple[dict[str, str], ...]
+    tools: tuple[Conversation, ...]
+
+    def training_rows(self, rows: int, seed: int) -> list[Conversation]:
+        """Conversations with `rows` paired problems, and instructions and tool use in their shares."""
+        drawn = random.Random(seed)
+        problems = drawn.sample(self.problems, len(self.problems))[:rows]
+        single = round(rows * (1 - MULTI_TURN_SHARE))
+        made = [as_conversation([row]) for row in problems[:single]]
+        made += [as_conversation(problems[start : start + 2]) for start in range(single, rows, 2)]
+        instructions = drawn.sample(self.instructions, len(self.instructions))[: round(rows * ALPACA_SHARE)]
+        made += [as_conversation([row]) for row in instructions]
+        made += drawn.sample(self.tools, len(self.tools))[: round(rows * TOOLS_SHARE)]
+        drawn.shuffle(made)
+        return made
+
+    def prompts(self, name: str, count: int) -> list[EvaluationPrompt]:
+        """The first `count` held-out prompts of `gsm8k` or `alpaca`."""
+        rows = self.tests if name == "gsm8k" else self.held_out_instructions
+        return [
+            EvaluationPrompt(
+                ({"role": "user", "content": row["question"]},),
+                number_of(row["answer"]) if name == "gsm8k" else None,
+                name,
+                "en",
+                "numeric" if name == "gsm8k" else "auto",
+            )
+            for row in rows[:count]
+        ]
+
+    def probe_pairs(self, count: int = PROBE_ROWS) -> list[dict[str, str]]:
+        """Problems of the test file that no prompt uses, for the switch probe."""
+        return list(self.tests[-count:])
+
+    def flips(self, conversations: int, turns: int = FLIP_TURNS) -> list[list[EvaluationPrompt]]:
+        """Questions of conversations: a problem and an instruction by turns."""
+        problems, instructions = self.prompts("gsm8k", len(self.tests)), self.prompts("alpaca", ALPACA_HELD_OUT)
+        sources = (problems, instructions)
+        return [
+            [sources[turn % 2][(index * turns + turn) % len(sources[turn % 2])] for turn in range(turns)]
+            for index in range(conversations)
+        ]
+
+
+def read_data(folder: Path | None = None) -> RealData:
+    """Read the folder. Raises DataMissingError with what is missing."""
+    folder = folder or DEFAULT
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing:
+        raise DataMissingError(f"{folder}: {', '.join(missing)} not found. Say with --data DIR where the files are.")
+    held = random.Random(HELD_OUT_SEED)
+    tests = [problem(row) for row in _lines(folder / "gsm8k_test.jsonl")]
+    held.shuffle(tests)
+    instructions = [
+        instruction(row)
+        for row in json.loads((folder / "alpaca.json").read_text(encoding="utf-8"))
+        if 0 < len(row["output"].strip()) and len(row["instruction"] + row["input"] + row["output"]) < LONGEST_CHARACTERS
+    ]
+    # A question that comes twice must not be on both sides.
+    instructions = list({row["question"]: row for row in instructions}.values())
+    held.shuffle(instructions)
+    tools = [
+        row
+        for name in TOOLS
+        if (folder / name).is_file()
+        for row in read_conversations(folder / name, RecordOptions(on_bad_row="skip", max_skipped=1.0))[0]
+        if len(json.dumps([row.to_messages(), row.tools])) < LONGEST_CHARACTERS
+    ]
+    return RealData(
+        folder,
+        tuple(problem(row) for row in _lines(folder / "gsm8k_train.jsonl")),
+        tuple(tests),
+        tuple(instructions[ALPACA_HELD_OUT:]),
+        tuple(instructions[:ALPACA_HELD_OUT]),
+        tuple(tools),
+    )
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def problem(row: dict[str, str]) -> dict[str, str]:
+    """A problem in the library's columns."""
+    worked, _, final = row["answer"].rpartition("####")
+    reasoning = _MARK.sub("", worked).strip()
+    return {"question": row["question"].strip(), "reasoning": reasoning, "answer": f"The answer is {final.strip()}."}
+
+
+def number_of(answer: str) -> str:
+    return answer.removeprefix("The answer is ").removesuffix(".").replace(",", "")
+
+
+def instruction(row: dict[str, str], *, paired: bool = False) -> dict[str, str]:
+    """An instruction in the library's columns, without a trace unless `paired`.
+
+    The rule for a trace: what is asked, said again, and what the answer begins with. It teaches form, not thought;
+    `thinkfusion generate-pairs` makes traces with a model.
+    """
+    question = "\n".join(part.strip() for part in (row["instruction"], row["input"]) if part.strip())
+    answer = row["output"].strip()
+    if not paired:
+        return {"question": question, "reasoning": "", "answer": answer}
+    begins = re.split(r"(?<=[.!?])\s", answer, maxsplit=1)[0]
+    reasoning = f"I am asked: {row['instruction'].strip()}\nI can begin with this: {begins}"
+    return {"question": question, "reasoning": reasoning, "answer": answer}
+
+
+def as_conversation(rows: Sequence[dict[str, str]]) -> Conversation:
+    """One conversation, a turn for each row."""
+    messages: list[dict[str, Any]] = []
+    for row in rows:
+        answer = {"role": "assistant", "content": row["answer"]}
+        answer |= {"reasoning_content": row["reasoning"]} if row["reasoning"] else {}
+        messages += [{"role": "user", "content": row["question"]}, answer]
+    return Conversation.from_messages(messages)
