@@ -105,7 +105,8 @@ def read_data(folder: Path | None = None) -> RealData:
     instructions = [
         instruction(row)
         for row in json.loads((folder / "alpaca.json").read_text(encoding="utf-8"))
-        if 0 < len(row["output"].strip()) and len(row["instruction"] + row["input"] + row["output"]) < LONGEST_CHARACTERS
+        if len(row["output"].strip()) > 0
+        and len(row["instruction"] + row["input"] + row["output"]) < LONGEST_CHARACTERS
     ]
     # A question that comes twice must not be on both sides.
     instructions = list({row["question"]: row for row in instructions}.values())

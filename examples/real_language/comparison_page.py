@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison as JSON, as a table, and as a figure: format error by rows, and the probe against it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RECIPES = {"trl": "#8a6bb1", "no-treatment": "#c8641a", "default": "#1f77a8"}
+MODES = ("thinking", "non_thinking")
+SETS = {"gsm8k": "GSM8K", "alpaca": "Alpaca", "flips": "flips"}
+
+
+def save(results: list[dict[str, Any]], folder: Path) -> str:
+    """Write `comparison.json`, `comparison.md` and `comparison.png`; the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = table(results)
+    for name, text in (("comparison.json", json.dumps(results, indent=1)), ("comparison.md", written)):
+        part = folder / f"{name}.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(folder / name)
+    if results:
+        draw(results, folder / "comparison.png")
+    return written
+
+
+def percent(values: list[float | None]) -> str:
+    """The mean of seeds, with least and largest of several; a dash where nothing could be judged."""
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return "-"
+    ends = f" ({min(known):.1f}-{max(known):.1f})" if len(known) > 1 else ""
+    return f"{sum(known) / len(known):.1f} %{ends}"
+
+
+def mean(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(sum(known) / len(known), form) if known else "-"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A row for each number of rows, recipe, set and mode; mean over the seeds."""
+    head = ("rows", "recipe", "set", "mode", "format error", "classes", "truncated", "accuracy", "reasoning tokens")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for rows, recipe, given in grouped(results):
+        for name, title in SETS.items():
+            for mode in MODES:
+                cells = [row["sets"][name][mode] for row in given if name in row["sets"]]
+                if not cells:
+                    continue
+                wrong: dict[str, int] = {}
+                for cell in cells:
+                    for kind, count in cell["classes"].items():
+                        if count and kind not in ("ok", "truncated"):
+                            wrong[kind] = wrong.get(kind, 0) + count
+                told = ", ".join(f"{kind} {count}" for kind, count in wrong.items()) or "-"
+                shares = [percent([cell[key] for cell in cells]) for key in ("format_error", "truncated", "accuracy")]
+                tokens = mean([cell["reasoning_tokens"] for cell in cells], ".1f")
+                parts = (str(rows), recipe, title, mode.replace("_", "-"), shares[0], told, *shares[1:], tokens)
+                lines.append(f"| {' | '.join(parts)} |")
+    probed = ("rows", "recipe", "closes", "closes inside", "trace begins", "answer begins", "trained tokens", "seconds")
+    lines += ["", f"| {' | '.join(probed)} |", f"|{'---|' * len(probed)}"]
+    for rows, recipe, given in grouped(results):
+        thinking = [row["probe"]["thinking"] for row in given]
+        parts = [mean([each[key] for each in thinking], ".3f") for key in ("closes", "closes_inside", "trace_begins")]
+        parts.append(mean([row["probe"]["non_thinking"]["answer_begins"] for row in given], ".3f"))
+        parts += [mean([row[key] for row in given], ",.0f") for key in ("trained_tokens", "training_seconds")]
+        lines.append(f"| {' | '.join((str(rows), recipe, *parts))} |")
+    points = scatter(results)
+    found = rank_correlation(points)
+    if found is not None:
+        lines += [
+            "",
+            f"Rank correlation (Spearman) of P(close | trace) and format error: {found:.2f}, n = {len(points)}.",
+        ]
+    return "\n".join(lines)
+
+
+def grouped(results: list[dict[str, Any]]) -> list[tuple[int, str, list[dict[str, Any]]]]:
+    """Results of all seeds by number of rows and recipe."""
+    keys = [(rows, recipe) for rows in sorted({row["rows"] for row in results}) for recipe in RECIPES]
+    found = [(*key, [row for row in results if (row["rows"], row["recipe"]) == key]) for key in keys]
+    return [group for group in found if group[2]]
+
+
+def scatter(results: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """P(close | trace) and the format error of thinking mode on problems, of each result that has both."""
+    pairs = [(row["probe"]["thinking"]["closes"], row["sets"]["gsm8k"]["thinking"]["format_error"]) for row in results]
+    return [(closes, error) for closes, error in pairs if closes is not None and error is not None]
+
+
+def rank_correlation(points: list[tuple[float, float]]) -> float | None:
+    """Spearman's, equal values at their mean rank; None for fewer than three points or where nothing differs."""
+    import numpy as np
+
+    if len(points) < 3:
+        return None
+    ranks = []
+    for values in zip(*points, strict=True):
+        given = np.array(values)
+        ranks.append([(np.sum(given < value) + np.sum(given <= value) + 1) / 2 for value in given])
+    if any(np.ptp(each) == 0 for each in ranks):
+        return None
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Format error against rows for each set and mode, and against the probe; a dot for each seed, a line of means."""
+    from matplotlib.figure import Figure
+
+    sizes = sorted({row["rows"] for row in results})
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    panels = figure.subplots(2, 4)
+    for line, mode in enumerate(MODES):
+        for panel, (name, title) in zip(panels[line], SETS.items(), strict=False):
+            for recipe, colour in RECIPES.items():
+                means = []
+                for rows in sizes:
+                    values = [
+                        100 * row["sets"][name][mode]["format_error"]
+                        for row in results
+                        if (row["recipe"], row["rows"]) == (recipe, rows) and name in row["sets"]
+                        if row["sets"][name][mode]["format_error"] is not None
+                    ]
+                    panel.plot([rows] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.6)
+                    means += [(rows, sum(values) / len(values))] if values else []
+                if means:
+                    panel.plot(*zip(*means, strict=True), color=colour, label=recipe)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(sizes, [str(size) for size in sizes])
+            panel.set(title=f"{title}, {mode.replace('_', '-')}", ylim=(-3, 103), xlabel="paired rows")
+            panel.minorticks_off()
+        panels[line][0].set_ylabel("format error, %")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    probe, inside = panels[0][3], panels[1][3]
+    for recipe, colour in RECIPES.items():
+        own = [row for row in results if row["recipe"] == recipe]
+        points = scatter(own)
+        if points:
+            probe.plot([x for x, _ in points], [100 * y for _, y in points], "o", color=colour, markersize=4)
+        known = [(row["rows"], row["probe"]["thinking"]["closes_inside"]) for row in own]
+        inside.plot([x for x, _ in known], [100 * (y or 0) for _, y in known], "o", color=colour, markersize=4)
+    probe.set(title="the probe and what is generated", xlabel="P(close | trace)", xlim=(-0.03, 1.03), ylim=(-3, 103))
+    inside.set_xscale("log", base=2)
+    inside.set_xticks(sizes, [str(size) for size in sizes])
+    inside.minorticks_off()
+    inside.set(title="closing too early", xlabel="paired rows", ylabel="P(close) inside traces, %")
+    for panel in panels.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=140)
