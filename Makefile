@@ -7,7 +7,7 @@ JINJA_FOR_NODE := @huggingface/jinja@0.5.11
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo test test-serving engines bench lint format base clean
+.PHONY: setup demo test test-serving real-language engines bench lint format base clean
 
 setup: $(VENV)/.installed
 
@@ -64,6 +64,17 @@ bench: setup
 	$(BIN)/python tests/benchmarks/planning.py --json runs/benchmarks/planning.json
 	$(BIN)/python tests/benchmarks/routing.py --json runs/benchmarks/routing.json
 	$(BIN)/python tests/benchmarks/rl.py --json runs/benchmarks/rl.json
+
+$(VENV)/.real-language: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real-language]"
+	touch $@
+
+# The comparison on a real language model: hours of two cores. It stops after 60 minutes; the same again goes on.
+# make real-language DATA=folder QUICK=1; without DATA the files are looked for in ../shared/data.
+real-language: setup $(VENV)/.real-language
+	$(BIN)/python examples/real_language/make_base.py --output runs/real_language/base
+	$(BIN)/python examples/real_language/compare.py --output runs/real_language$(if $(QUICK),/quick) \
+		--base runs/real_language/base $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick)
 
 lint: setup
 	$(BIN)/ruff check .

