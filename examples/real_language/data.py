@@ -59,9 +59,9 @@ class RealData:
         single = round(rows * (1 - MULTI_TURN_SHARE))
         made = [as_conversation([row]) for row in problems[:single]]
         made += [as_conversation(problems[start : start + 2]) for start in range(single, rows, 2)]
-        instructions = drawn.sample(self.instructions, len(self.instructions))[: round(rows * ALPACA_SHARE)]
+        instructions = drawn.sample(self.instructions, len(self.instructions))[: max(1, round(rows * ALPACA_SHARE))]
         made += [as_conversation([row]) for row in instructions]
-        made += drawn.sample(self.tools, len(self.tools))[: round(rows * TOOLS_SHARE)]
+        made += drawn.sample(self.tools, len(self.tools))[: max(1, round(rows * TOOLS_SHARE))]
         drawn.shuffle(made)
         return made
 
