@@ -5,6 +5,7 @@ import importlib.util
 import json
 import struct
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from thinkfusion import Mode
 FOLDER = Path(__file__).parent.parent / "examples" / "real_language"
 sys.path.insert(0, str(FOLDER))
 
+import compare  # noqa: E402
 import comparison_page  # noqa: E402
 import data  # noqa: E402
 import make_base  # noqa: E402
@@ -268,3 +270,56 @@ def test_the_rank_correlation():
     )
     assert comparison_page.rank_correlation([(0.0, 1.0), (1.0, 2.0)]) is None
     assert comparison_page.rank_correlation([(0.0, 1.0), (1.0, 1.0), (2.0, 1.0)]) is None
+
+
+TOOL_ROW = {
+    "conversations": [
+        {"from": "human", "value": "Weather in Rome?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+        {"from": "observation", "value": '{"sky": "clear"}'},
+        {"from": "gpt", "value": "It is clear."},
+    ],
+    "tools": '[{"name": "weather", "description": "of a city", "parameters": {"type": "object", "properties": {}}}]',
+}
+
+
+def job_of(recipe, folder, seconds=3600.0):
+    setting = {"base": "tiny-base", "data": str(folder), "default": {}, "sets": {"gsm8k": 2, "alpaca": 2, "flips": 2}}
+    setting |= {"max_new_tokens": 4, "temperature": 0.0, "bf16": False, "threads": 1, "device": "cpu", "batch_size": 4}
+    return compare.Job(recipe, 0, 8, setting, str(folder / "out"), time.time() + seconds)
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """`run` gives the output of its process away."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+
+
+@pytest.mark.parametrize("recipe", compare.RECIPES)
+def test_a_point_is_trained_and_measured(folder, recipe, quiet):
+    (folder / "glaive_toolcall.json").write_text(json.dumps([TOOL_ROW]))
+    job = job_of(recipe, folder)
+    assert compare.run(job)
+    (row,) = compare.finished([job])
+    assert (row["recipe"], row["seed"], row["rows"], row["steps"]) == (recipe, 0, 8, 2)
+    assert row["trained_tokens"] > 100
+    assert set(row["probe"]["thinking"]) >= {"closes", "closes_inside", "trace_begins"}
+    for name, samples in (("gsm8k", 2), ("alpaca", 2), ("flips", 3)):
+        for mode in Mode:
+            cell = row["sets"][name][mode.value]
+            assert cell["samples"] == sum(cell["classes"].values()) == samples
+            assert set(compare.NAMES) <= set(cell)
+    assert not job.work.exists()
+
+
+def test_a_point_stops_in_time_and_goes_on(folder, quiet):
+    assert not compare.run(job_of("default", folder, seconds=60.0))  # nothing begins so near the end
+    late = job_of("default", folder, seconds=3600.0)
+    object.__setattr__(late, "check_time", lambda: None)
+    object.__setattr__(late, "deadline", time.time())
+    assert not compare.run(late)
+    assert (late.work / "training" / "checkpoint-1").is_dir()
+    assert not late.result.exists()
+    assert compare.run(job_of("default", folder))
+    (row,) = compare.finished([late])
+    assert row["steps"] == 2

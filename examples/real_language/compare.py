@@ -103,7 +103,7 @@ def common_settings(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "save_strategy": "no",
         "save_total_limit": 1,
-        "logging_steps": 5,
+        "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
     }
