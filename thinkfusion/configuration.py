@@ -154,7 +154,7 @@ class ThinkFusionConfig(TrainedParts, SFTConfig):
     )
     """The weight in the loss of the `</think>` that ends a trace. The loss stays divided by the number of tokens."""
     probe_rows: int = field(
-        default=16, metadata={"help": "Rows of each mode for the switch probe while training; 0: none."}
+        default=8, metadata={"help": "Rows of each mode for the switch probe while training; 0: none."}
     )
     """Rows of each mode for the switch probe: measured at every evaluation, and after a tenth of the steps, where it
     warns of a closing token that does not come alive. Those of eval_dataset if there is one, else the first that are

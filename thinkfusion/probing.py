@@ -53,7 +53,8 @@ def switch_probe(
     0: no trace is cut short); `trace_begins`, that of the first token after the prefix. `non_thinking`:
     `answer_begins`, that of the answer's first token. `samples` are the rows, in all and of each mode.
 
-    It costs about as much as two tokens of generation for each row. Works with any switchable template.
+    Eight rows cost 3.5 % of an evaluation of 64 prompts by generation (the demo's checkpoint, one core). Works with
+    any switchable template.
 
     Raises ValueError if there are no rows, or the template has no switch; DataError for a bad row.
     """

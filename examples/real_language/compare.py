@@ -34,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from comparison_page import save
-from data import DEFAULT, DataMissingError, RealData, read_data
+from data import DEFAULT, PROBE_ROWS, DataMissingError, RealData, read_data
 from make_base import BaseError, ensure_base
 
 RECIPES = ("trl", "no-treatment", "default")
@@ -125,7 +125,7 @@ def trainer_of(job: Job, data: RealData) -> tuple[Any, Any]:
         **common_settings(job), per_device_train_batch_size=1, max_length=LONGEST, **FROZEN, **given
     )
     trainer = ThinkFusionTrainer(
-        model, settings, train_dataset=rows, eval_dataset=data.probe_pairs(16), processing_class=tokenizer
+        model, settings, train_dataset=rows, eval_dataset=data.probe_pairs(8), processing_class=tokenizer
     )
     return trainer, tokenizer
 
@@ -256,7 +256,8 @@ def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any]]:
     model, tokenizer = load_checkpoint(job.work / "model", dtype="bfloat16" if setting["bf16"] else "float32")
     model.to(setting["device"])
     choose_experts(model, job)
-    probe = switch_probe(model, tokenizer, data.probe_pairs())
+    rows = min(PROBE_ROWS, 2 * setting["sets"]["gsm8k"])
+    probe = switch_probe(model, tokenizer, data.probe_pairs(rows))
     sampling = Sampling(setting["max_new_tokens"], setting["temperature"], 0.95 if setting["temperature"] else 1.0)
     replier = Replier(model, tokenizer, sampling, setting["batch_size"], job.seed, False)
     sets = {}

@@ -124,12 +124,14 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                     panel.plot([rows] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.6)
                     means += [(rows, sum(values) / len(values))] if values else []
                 if means:
-                    panel.plot(*zip(*means, strict=True), color=colour, label=recipe)
+                    panel.plot(*zip(*means, strict=True), color=colour)
             panel.set_xscale("log", base=2)
             panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.set(title=f"{title}, {mode.replace('_', '-')}", ylim=(-3, 103), xlabel="paired rows")
             panel.minorticks_off()
         panels[line][0].set_ylabel("format error, %")
+    for recipe, colour in RECIPES.items():
+        panels[0][0].plot([], [], color=colour, label=recipe)
     panels[0][0].legend(frameon=False, fontsize=8)
     probe, inside = panels[0][3], panels[1][3]
     for recipe, colour in RECIPES.items():
