@@ -142,6 +142,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         known = [(row["rows"], row["probe"]["thinking"]["closes_inside"]) for row in own]
         inside.plot([x for x, _ in known], [100 * (y or 0) for _, y in known], "o", color=colour, markersize=4)
     probe.set(title="the probe and what is generated", xlabel="P(close | trace)", xlim=(-0.03, 1.03), ylim=(-3, 103))
+    inside.set_ylim(0, max([2.0, *(1.05 * top for top in inside.get_ylim())]))
     inside.set_xscale("log", base=2)
     inside.set_xticks(sizes, [str(size) for size in sizes])
     inside.minorticks_off()
