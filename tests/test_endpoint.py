@@ -235,6 +235,7 @@ def test_a_server_is_measured_like_a_checkpoint(tmp_path, prompts, capsys, strea
     assert {row["reasoning"] for row in rows if row["mode"] == "thinking"} == {f"I read w{n}." for n in range(12)}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "of the served model" in page
+    assert ("seconds to the first token" in page) == stream
     assert not (tmp_path / "out" / JOURNAL_NAME).exists()
     assert "12 prompts per mode" in capsys.readouterr().out
 

@@ -21,8 +21,8 @@ RULE = (
     f"qualified where they are more than {CUT:.0%} of a mode, where non-thinking answers reason aloud in more than "
     f"{CUT:.0%}, or where more than {LIMIT:.0%} of the replies disobey a switch or break in alternating conversations, "
     "if that was measured. A served model has no switch where no difference between the modes can be told by which "
-    "replies reason (the Wilson intervals overlap; of effort levels, those of the mean lengths); where a server keeps "
-    "traces to itself, or did not reply, nothing is judged."
+    "replies reason (the Wilson intervals overlap, and the shares are less than half apart; of effort levels, the "
+    "intervals of the mean lengths overlap); where a server keeps traces to itself, or did not reply, nothing is judged."
 )
 
 

@@ -175,6 +175,10 @@ def _modes(figures: Figures) -> str:
         )
         if figures.at(f"/modes/{Mode.THINKING}/speed") is not None
     ]
+    waited = "/endpoint/seconds_to_first_token"
+    if figures.at(waited) is not None:
+        label = "<b>seconds to the first token</b><span>of a stream, with the others at once</span>"
+        rows.append([label, *(figures.one(f"{waited}/{mode}", "ratio") for mode in NAMES)])
     classes = figures.at(f"/modes/{Mode.THINKING}/classes")
     counted = [
         [f"<code>{name}</code>", *(figures.one(f"/modes/{mode}/classes/{name}", "count") for mode in NAMES)]
