@@ -22,7 +22,7 @@ RULE = (
     f"{CUT:.0%}, or where more than {LIMIT:.0%} of the replies disobey a switch or break in alternating conversations, "
     "if that was measured. A served model has no switch where no difference between the modes can be told by which "
     "replies reason (the Wilson intervals overlap, and the shares are less than half apart; of effort levels, the "
-    "intervals of the mean lengths overlap); where a server keeps traces to itself, or did not reply, nothing is judged."
+    "intervals of the mean lengths overlap); where it keeps traces to itself, or did not reply, nothing is judged."
 )
 
 
