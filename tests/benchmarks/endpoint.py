@@ -3,7 +3,8 @@
 
     python tests/benchmarks/endpoint.py --vllm .venv-serving/vllm/bin/python --checkpoint runs/tiny --json endpoint.json
 
-One vLLM server; both clients ask it the same prompts in both modes, greedily, with as many requests at once, in turn.
+The environment is that of `make test-serving`, with pandas, which the other client reads its prompts with. One vLLM
+server; both clients ask it the same prompts in both modes, greedily, with as many requests at once, in turn.
 Ours is a process of its own, whose time is that from its first request to its last reply, as the other reports it too,
 and whose peak memory is read from the kernel. The other client asks for one mode at a time; its two times are added.
 The ratio is ours over theirs, in each round and in the median.

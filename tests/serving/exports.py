@@ -8,6 +8,7 @@ exported in float32, and loaded by the engine in a process of its own. Both side
 log-probabilities of every prompt token, and of the tokens of a greedy reply, have to agree. The file has `family`,
 `loaded`, `tokens_equal`, `prompts`, and beside them `largest_difference` of the log-probabilities (of prompts, and
 of replies as far as they are equal), versions, and the `reason` where something is amiss. `--family all` writes a list.
+The engine's environment (`environments.py`) is made if it is not there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from tests.serving.environments import find  # noqa: E402
+from tests.serving.environments import install  # noqa: E402
 from tests.tiny_models import tiny_random_model  # noqa: E402
 from thinkfusion import (  # noqa: E402
     Conversation,
@@ -261,13 +262,14 @@ def main() -> None:
     parser.add_argument("--zero_bias", action="store_true", help="set the routers' correction biases to zero first")
     parser.add_argument("--json", metavar="FILE", required=True)
     options = parser.parse_args()
-    environment = find(options.engine)
-    if environment.python is None:
-        parser.error(f"{options.engine}: {environment.reason}")
-    python = str(environment.python)
-    results = []
+    environment = install(options.engine)
+    results: list[dict[str, Any]] = []
     for family in FAMILIES if options.family == "all" else (options.family,):
-        results.append(measure(family, python, zero_bias=options.zero_bias))
+        if environment.python is None:
+            missing = {"loaded": False, "tokens_equal": False, "prompts": 0, "reason": environment.reason}
+            results.append({"family": family, "engine": options.engine, **missing})
+        else:
+            results.append(measure(family, str(environment.python), zero_bias=options.zero_bias))
         written = results if options.family == "all" else results[0]
         Path(options.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         shown = {name: value for name, value in results[-1].items() if name != "reason"}
