@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control tokens' own learning rate and the weight of the closing one, each against a plain computation."""
+"""Control tokens: which are new, their own learning rate, the weight of the closing one, against plain computations."""
+
+import logging
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from thinkfusion import ThinkFusionConfig, ThinkFusionTrainer, install_chat_template, lora_config, prepare
-from thinkfusion.control_tokens import control_rows, multiply_updates, weigh_closing_token
+from thinkfusion.control_tokens import (
+    CLOSING_WEIGHT,
+    control_rows,
+    multiply_updates,
+    new_tokens,
+    settle,
+    weigh_closing_token,
+    why_untrained,
+)
 
 from .test_training import config, conversations, logged
 
@@ -40,13 +51,20 @@ def test_the_rows_are_those_of_every_embedding(base_tokenizer, tiny_models, tied
 @pytest.mark.parametrize("lora", [False, True])
 def test_training_moves_control_tokens_faster(tmp_path, tiny_models, base_tokenizer, lora):
     moved = []
-    for rate in (None, 1e-2):
+    for rate in (1e-3, 1e-2, None):
         model = tiny_models()
         added = install_chat_template(base_tokenizer, model) or list(range(1024, 1028))
         before = model.get_input_embeddings().weight.detach().clone()
         trainer = ThinkFusionTrainer(
             model,
-            config(tmp_path, max_steps=1, learning_rate=1e-3, warmup_steps=0, control_token_learning_rate=rate),
+            config(
+                tmp_path,
+                max_steps=1,
+                learning_rate=1e-3,
+                warmup_steps=0,
+                control_token_learning_rate=rate,
+                control_token_weight=1.0,
+            ),
             train_dataset=conversations(4),
             processing_class=base_tokenizer,
             peft_config=lora_config(model, base_tokenizer) if lora else None,
@@ -54,7 +72,8 @@ def test_training_moves_control_tokens_faster(tmp_path, tiny_models, base_tokeni
         trainer.train()
         merged = trainer.model.merge_and_unload() if lora else trainer.model
         moved.append((merged.get_input_embeddings().weight - before)[[*added, 5]].abs().mean(dim=1))
-    plain, fast = moved
+    plain, fast, chosen = moved
+    torch.testing.assert_close(chosen, fast)  # 25 times 1e-3, but at most 1e-2
     torch.testing.assert_close(fast[:4], 10 * plain[:4], rtol=1e-2, atol=1e-5)
     torch.testing.assert_close(fast[4], plain[4])
 
@@ -100,3 +119,203 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path, name):
     for value in (0, -1, float("nan")):
         with pytest.raises(ValueError, match=f"{name}: found {value}, expected a number above 0"):
             ThinkFusionConfig(output_dir=str(tmp_path), **{name: value})
+
+
+# Which tokens are new ------------------------------------------------------------------------------------------------
+
+
+def with_rows(model, rows):
+    """The model with these rows of its input embeddings."""
+    with torch.no_grad():
+        for token, row in rows.items():
+            model.get_input_embeddings().weight[token] = row
+    return model
+
+
+def test_a_row_that_was_never_trained_is_told_by_itself_and_its_neighbours(tiny_models):
+    model = tiny_models(tied=False)
+    weight = model.get_input_embeddings().weight.detach()
+    mean, reserved = weight.mean(dim=0), torch.randn(32) * weight.std()
+    with_rows(model, {7: mean, 8: torch.zeros(32), 9: reserved, 10: reserved * 1.0001, 11: 3 * weight[11]})
+    assert why_untrained(model, 7).startswith("its row is the mean of all, but for 0.0")
+    assert why_untrained(model, 8) == "its row is zero"
+    assert why_untrained(model, 9) == "its row is that of token 10 (cosine 1.000)"
+    assert [token for token in range(12, 60) if why_untrained(model, token)] == []
+    assert why_untrained(model, 11) is None
+    with torch.no_grad():  # untied: the output row alone may be new
+        model.get_output_embeddings().weight[11] = model.get_output_embeddings().weight.mean(dim=0)
+    assert why_untrained(model, 11).startswith("its row is the mean")
+
+
+def test_tokens_that_were_added_are_new_and_those_that_were_trained_are_not(tiny_models, base_tokenizer):
+    model = tiny_models()
+    added = install_chat_template(base_tokenizer, model)
+    tokens = base_tokenizer.convert_ids_to_tokens(added)
+    assert new_tokens(model, base_tokenizer, tokens, added) == dict.fromkeys(tokens, "it was added")
+    # The same checkpoint, loaded another day: its rows tell.
+    found = new_tokens(model, base_tokenizer, tokens, [])
+    assert set(found) == set(tokens)
+    assert new_tokens(model, base_tokenizer, tokens, [], rows_are_whole=False) == {}
+    trained = {token: torch.randn(32) for token in added if token != base_tokenizer.convert_tokens_to_ids("</think>")}
+    with_rows(model, trained)
+    assert list(new_tokens(model, base_tokenizer, tokens, [])) == ["</think>"]
+
+
+GIVEN = {"closes": 0.5, "learning_rate": 1e-5, "own_rate": None, "weight": None}
+
+
+@pytest.mark.parametrize(
+    ("new", "changes", "rate", "weight", "said"),
+    [
+        ({"</think>": "it was added"}, {}, 2.5e-4, 5.0, "new to the model (</think>: it was added) get"),
+        ({"</think>": "it was added"}, {"learning_rate": 1e-3}, 1e-2, 5.0, "a learning rate of 0.01"),
+        ({"</think>": "it was added"}, {"learning_rate": 2e-2}, 2e-2, 5.0, "0.02"),
+        ({"</think>": "it was added"}, {"learning_rate": 0.0}, None, 5.0, "the learning rate of the rest"),
+        ({"</think>": "it was added"}, {"own_rate": 3e-5, "weight": 1.0}, 3e-5, 1.0, "the weight 1 in the loss"),
+        ({"</think>": "it was added"}, {"sharded": True}, None, 5.0, "Sharded weights"),
+        ({"<|im_end|>": "it was added"}, {}, 2.5e-4, 1.0, "</think> the weight 1"),
+        ({}, {}, None, 1.0, "knows all of them, they are trained as everything else"),
+        ({}, {"closes": None}, None, 1.0, "knows all"),
+        ({}, {"closes": 2e-9}, 2.5e-4, 5.0, "</think>: after a whole trace its probability is 2e-09"),
+        ({}, {"weight": 4.0}, None, 4.0, "knows all of them. As asked for, they get the learning rate of the rest"),
+        ({}, {"own_rate": 1e-4}, 1e-4, 1.0, "As asked for, they get a learning rate of 0.0001"),
+    ],
+)
+def test_what_is_done_follows_from_what_is_new_unless_it_is_given(new, changes, rate, weight, said):
+    found = settle(new, "</think>", **{**GIVEN, **changes})
+    assert found.learning_rate == pytest.approx(rate)
+    assert found.weight == weight
+    assert said in found.line
+
+
+def train(folder, model, tokenizer, *, rows=4, **settings):
+    settings = {"max_steps": 1, "probe_rows": 2, **settings}
+    trainer = ThinkFusionTrainer(
+        model, config(folder, **settings), train_dataset=conversations(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    return trainer
+
+
+def test_a_base_without_the_tokens_is_treated_and_its_pupil_is_not(tmp_path, tiny_models, base_tokenizer, caplog):
+    model = tiny_models()
+    with caplog.at_level(logging.INFO, logger="thinkfusion.training"):
+        first = train(tmp_path, model, base_tokenizer, rows=16, max_steps=30, learning_rate=3e-3)
+    assert list(first.control_tokens.new) == ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    assert (first.control_tokens.learning_rate, first.control_tokens.weight) == (1e-2, CLOSING_WEIGHT)
+    (record,) = [record for record in caplog.records if record.message.startswith("Control tokens")]
+    assert record.levelno == logging.WARNING
+    assert "<think>: it was added" in record.message
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="thinkfusion.training"):
+        second = train(tmp_path / "again", model, base_tokenizer, learning_rate=1e-3)
+    assert (second.control_tokens.new, second.control_tokens.learning_rate, second.control_tokens.weight) == (
+        {},
+        None,
+        1.0,
+    )
+    assert "the model knows all of them" in caplog.text
+    overruled = train(tmp_path / "more", model, base_tokenizer, control_token_weight=3.0)
+    assert overruled.control_tokens.weight == 3.0
+
+
+def test_of_a_tokenizer_with_one_of_the_two_the_other_is_treated(tmp_path, tiny_models, base_tokenizer):
+    model = tiny_models()
+    base_tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<think>"], special_tokens=True)
+    model.resize_token_embeddings(1088, mean_resizing=False)
+    with_rows(model, {token: 0.02 * torch.randn(32) for token in range(1024, 1027)})
+    assert list(train(tmp_path, model, base_tokenizer).control_tokens.new) == ["</think>"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lora", [False, True])
+def test_new_rows_can_start_as_the_end_of_a_turn(tmp_path, tiny_models, base_tokenizer, tied, lora):
+    model = tiny_models(tied=tied)
+    base_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    end = base_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.resize_token_embeddings(1088, mean_resizing=False)
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight[1024:1026] = 0.02 * torch.randn(2, 32)
+    before = [layer.weight[end].clone() for layer in layers]
+    trainer = ThinkFusionTrainer(
+        model,
+        config(tmp_path, max_steps=1, learning_rate=0.0, control_token_init="end_of_turn"),
+        train_dataset=conversations(4),
+        processing_class=base_tokenizer,
+        peft_config=True if lora else None,
+    )
+    trainer.train()
+    assert list(trainer.control_tokens.new) == ["<think>", "</think>"]
+    model = trainer.model.merge_and_unload() if lora else trainer.model
+    ids = base_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<think>", "</think>"])
+    for layer, row in zip([model.get_input_embeddings(), model.get_output_embeddings()], before, strict=True):
+        torch.testing.assert_close(layer.weight[ids].detach(), row.expand(3, -1))
+
+
+def test_a_start_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="control_token_init: found 'zero', expected one of mean, end_of_turn"):
+        ThinkFusionConfig(output_dir=str(tmp_path), control_token_init="zero")
+
+
+LAYOUTS = {
+    "tree": {},
+    "packed in one row": {"sequence_layout": "packed", "tokens_per_row": 4096, "per_device_train_batch_size": 1},
+    "trees in one row": {"tokens_per_row": 4096, "per_device_train_batch_size": 1},
+    "padded": {"sequence_layout": "padded", "per_device_train_batch_size": 8},
+    "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+}
+
+
+@pytest.fixture
+def gradients(tmp_path, tiny_models, base_tokenizer):
+    """The embeddings' gradient of the first step under some settings."""
+
+    def found(**settings):
+        model = tiny_models()
+        install_chat_template(base_tokenizer, model)
+        trainer = ThinkFusionTrainer(
+            model,
+            config(tmp_path, max_steps=1, probe_rows=0, max_grad_norm=0.0, learning_rate=1e-9, **settings),
+            train_dataset=conversations(4),
+            processing_class=base_tokenizer,
+        )
+        trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+        seen = []
+        weight = model.get_input_embeddings().weight
+        trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(weight.grad.clone()))
+        trainer.train()
+        return seen[0]
+
+    return found
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_the_weight_is_the_same_however_rows_are_laid(gradients, layout):
+    expected = gradients(**LAYOUTS["tree"])
+    torch.testing.assert_close(gradients(**LAYOUTS[layout]), expected, rtol=1e-4, atol=1e-6)
+    plain = gradients(**LAYOUTS[layout], control_token_weight=1.0)
+    assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-5)
+
+
+def test_rows_that_do_not_train_are_told(tmp_path, tiny_models, base_tokenizer, caplog):
+    model = tiny_models()
+    added = install_chat_template(base_tokenizer, model)
+    with_rows(model, {token: 0.02 * torch.randn(32) for token in added})
+    with caplog.at_level(logging.WARNING, logger="thinkfusion.training"):
+        ThinkFusionTrainer(
+            model,
+            config(tmp_path, max_steps=1, control_token_learning_rate=1e-2, probe_rows=0),
+            train_dataset=conversations(4),
+            processing_class=base_tokenizer,
+            peft_config=LoraConfig(target_modules=["q_proj"]),
+        ).train()
+    assert "control_token_learning_rate: no row of a control token trains, so it does nothing" in caplog.text
+
+
+def test_labels_that_are_smoothed_have_no_weight(tmp_path, tiny_models, base_tokenizer):
+    trainer = train(tmp_path, tiny_models(), base_tokenizer, label_smoothing_factor=0.1)
+    assert trainer.control_tokens.weight == 1.0
+    with pytest.raises(ValueError, match="control_token_weight"):
+        config(tmp_path, label_smoothing_factor=0.1, control_token_weight=5.0)

@@ -228,7 +228,7 @@ def test_a_resumed_run_is_the_one_never_stopped(tmp_path, tiny_models, lora):
         ]
         for trainer in (whole, again)
     ]
-    assert [record["step"] for record in histories[0]] == [3, 6, 7]
+    assert [record["step"] for record in histories[0]] == [1, 3, 6, 7]  # the switch probe, after a tenth of the steps
     assert {"tokens_thinking", "loss_non_thinking", "num_tokens", "entropy", "balance_loss"} <= set(histories[0][1])
     assert histories[0] == histories[1]
     for (name, weight), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):

@@ -63,7 +63,7 @@ def logged(trainer, name: str) -> list[float]:
 
 def test_losses_by_mode_are_the_means_of_their_tokens(tmp_path, base_tokenizer, model):
     rows = conversations(2)
-    settings = config(tmp_path, max_steps=1, learning_rate=0.0)
+    settings = config(tmp_path, max_steps=1, learning_rate=0.0, control_token_weight=1.0)
     trainer = ThinkFusionTrainer(model, settings, train_dataset=rows, processing_class=base_tokenizer)
     trainer.train()
     data, _ = prepare(rows, base_tokenizer)

@@ -114,7 +114,10 @@ class SwitchProbeCallback(TrainerCallback):
 
     def __init__(self, trainer: SFTTrainer, references: Sequence[Reference], closing_id: int) -> None:
         self.trainer, self.references, self.closing_id = trainer, list(references), closing_id
-        self.measured_at: int | None = None
+        self.last: tuple[int, dict[str, Any]] | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.last = None  # steps are counted anew
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if state.global_step == max(1, -(-state.max_steps // 10)):
@@ -133,14 +136,14 @@ class SwitchProbeCallback(TrainerCallback):
 
     def measure(self, step: int) -> dict[str, Any]:
         """The probe of the model as it is now, logged; once for a step. Every process finds the same."""
-        if self.measured_at == step:
-            return self.history[-1]
-        self.measured_at = step
+        if self.last is not None and self.last[0] == step:
+            return self.last[1]
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         found = probe_entry(probe_references(model, self.references, self.closing_id))
         self.trainer.model.eval()
         self.trainer.log({f"eval_probe_{name}": found[name] for name in PROBE_NAMES if found[name] is not None})
         self.trainer.model.train()
+        self.last = step, found
         return found
 
     @property
@@ -166,7 +169,7 @@ def dead_closing_token(closes: float, step: int, steps: int) -> str:
     return (
         f"Switch probe: after {step:,} of {steps:,} steps the closing token has probability {closes:.3f} after a whole "
         f"trace, less than {CLOSES_AT_LEAST}: thinking replies would not close their traces, whatever the loss says. "
-        "Stop, and set control_token_learning_rate (7 to 25 times learning_rate) and control_token_weight (5 to 10)."
+        "Stop, and set control_token_learning_rate (25 times learning_rate) and control_token_weight (5 to 10)."
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from thinkfusion.control_tokens import INITS, check_init
 from thinkfusion.dialects import get_dialect
 from thinkfusion.formats import RecordOptions
 from thinkfusion.mixture import MIXTURES, MixtureOptions
@@ -144,15 +145,22 @@ class ThinkFusionConfig(TrainedParts, SFTConfig):
     )
     """Whether the loss is the mean of the modes' mean losses, so that each mode has an equal share, or that of
     `mode_weights`; otherwise it is the mean over all trained tokens."""
+    control_token_init: str = field(
+        default="mean", metadata={"help": f"How the rows of new control tokens start: {', '.join(INITS)}."}
+    )
+    """How the embedding rows of control tokens start that are new to the model. "mean": added ones as the mean of all
+    rows, reserved ones as they are; "end_of_turn": all as the row of the token that ends a turn."""
     control_token_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the control tokens' rows; by default that of the rest."}
+        default=None, metadata={"help": "Learning rate of new control tokens' rows; by default 25 times the rest's."}
     )
-    """The learning rate of the control tokens' embedding rows, on the schedule of the rest; None is that of the rest.
-    For a base that lacks the tokens: several times that of the rest (7 to 25). Not for sharded weights."""
-    control_token_weight: float = field(
-        default=1.0, metadata={"help": "Weight in the loss of the </think> that ends a trace."}
+    """The learning rate of the embedding rows of control tokens that are new to the model, on the schedule of the rest.
+    None: 25 times that of the rest, at most 1e-2, where there are such tokens, and that of the rest where there are
+    none; a number holds for new ones, or, if there are none, for the scheme's. Not for sharded weights."""
+    control_token_weight: float | None = field(
+        default=None, metadata={"help": "Weight in the loss of the </think> that ends a trace; by default 5 if new."}
     )
-    """The weight in the loss of the `</think>` that ends a trace. The loss stays divided by the number of tokens."""
+    """The weight in the loss of the `</think>` that ends a trace. None: 5 where that token is new to the model, else 1.
+    The loss stays divided by the number of tokens, so that rows, batches and processes change nothing."""
     probe_rows: int = field(
         default=8, metadata={"help": "Rows of each mode for the switch probe while training; 0: none."}
     )
@@ -165,6 +173,7 @@ class ThinkFusionConfig(TrainedParts, SFTConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: found {value}, expected a number above 0.")
+        check_init(self.control_token_init)
         if self.probe_rows < 0:
             raise ValueError(f"probe_rows: found {self.probe_rows}, expected at least 0.")
         self.settle()
@@ -208,7 +217,7 @@ class ThinkFusionConfig(TrainedParts, SFTConfig):
                 )
         if self.sequence_layout != "padded" and self.train_sampling_strategy == "group_by_length":
             raise ValueError("train_sampling_strategy: rows have no padding to save by grouping; leave it unset.")
-        weighted = not self.loss_weights.plain or self.control_token_weight != 1
+        weighted = not self.loss_weights.plain or self.control_token_weight not in (None, 1)
         if weighted and (self.loss_type != "nll" or self.label_smoothing_factor):
             raise ValueError(
                 "mode_weights, normalise_by_mode, control_token_weight: only for loss_type='nll' without label "

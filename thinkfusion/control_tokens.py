@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New control tokens, brought to life: a learning rate of their own for their rows, a weight for the closing one.
+"""New control tokens, brought to life: found by their rows, with a learning rate of their own and a weight in the loss.
 
 A token that was just added starts nowhere, and `</think>` is one label in a hundred: at the learning rate of the rest
 its row hardly moves, the loss looks healthy all along, and the model ends its traces without closing them.
@@ -7,33 +7,173 @@ its row hardly moves, the loss looks healthy all along, and the model ends its t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RATE_FACTOR, HIGHEST_RATE = 25.0, 1e-2
+"""The learning rate of new rows is so many times that of the rest, up to this one. Measured on a real language model
+(2e-4, so 5e-3) and on the embedded base (1.5e-3, so 1e-2): `examples/training.md`."""
+CLOSING_WEIGHT = 5.0
+INITS = ("mean", "end_of_turn")
+NEAR_MEAN, TWIN = 0.5, 0.995
+"""A row nearer to the mean row than this share of the usual distance, or of a larger cosine than this with the row of
+some other token (both less the mean row), was never trained: reserved tokens of pretraining are all alike."""
+CLOSES_AT_ALL = 1e-4
+"""The least probability of the closing token after a whole trace, of a model that knows it."""
+_CHUNK, _SAMPLE = 8192, 4096
 
 
-def control_rows(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, list[int] | slice]]:
-    """The parameters that hold the rows of the tokens `ids`, each with the rows in it: (tokens, width).
+class Treatment(NamedTuple):
+    """What a training does for its control tokens.
 
-    Those are the input embedding and an output embedding of its own, or, under LoRA, peft's trained rows, which are
-    control tokens altogether.
+    new: the tokens that are new to the model, each with what tells so. learning_rate: that of their rows, None where
+    it is that of the rest. weight: that of the closing token in the loss. line: all of it, for the log.
     """
-    trained = [
-        (parameter, slice(None))
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "trainable_tokens_delta" in name
-    ]
-    if trained:
-        return list(trained)
+
+    new: dict[str, str]
+    learning_rate: float | None
+    weight: float
+    line: str
+
+
+def why_untrained(model: PreTrainedModel, token: int) -> str | None:
+    """What tells that the row of `token` was never trained, by its length and its neighbours; None if nothing does.
+
+    Looks at the input embeddings and at output embeddings of their own, (tokens, width).
+    """
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    weights = {id(layer.weight): layer.weight for layer in layers if layer is not None and layer.weight.requires_grad}
-    return [(weight, ids) for weight in weights.values()]
+    weights = {id(layer.weight): layer.weight.detach() for layer in layers if layer is not None}
+    for weight in weights.values():
+        found = _untrained_row(weight, token)
+        if found is not None:
+            return found
+    return None
+
+
+def _untrained_row(weight: torch.Tensor, token: int) -> str | None:
+    import torch
+
+    mean = weight.mean(dim=0, dtype=torch.float32)
+    usual = (weight[:: max(1, len(weight) // _SAMPLE)].float() - mean).norm(dim=1).median()
+    row = weight[token].float()
+    if not row.any():
+        return "its row is zero"
+    own = row - mean
+    if own.norm() < NEAR_MEAN * usual:
+        return f"its row is the mean of all, but for {float(own.norm() / usual):.2f} of the usual distance"
+    own = own / own.norm()
+    twin, largest = -1, -1.0
+    for start in range(0, len(weight), _CHUNK):
+        others = weight[start : start + _CHUNK].float() - mean
+        cosines = (others @ own) / others.norm(dim=1).clamp(min=1e-12)
+        if start <= token < start + _CHUNK:
+            cosines[token - start] = -1.0
+        place = int(cosines.argmax())
+        if float(cosines[place]) > largest:
+            twin, largest = start + place, float(cosines[place])
+    return f"its row is that of token {twin} (cosine {largest:.3f})" if largest > TWIN else None
+
+
+def new_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[str],
+    added: Sequence[int],
+    *,
+    rows_are_whole: bool = True,
+) -> dict[str, str]:
+    """Those of the control tokens `tokens` that are new to the model, with what tells so; `added` were just added.
+
+    rows_are_whole: False where this process holds a part of the weights, whose rows tell nothing.
+    """
+    found = {}
+    for token in tokens:
+        number = tokenizer.convert_tokens_to_ids(token)
+        why = "it was added" if number in added else why_untrained(model, number) if rows_are_whole else None
+        if why is not None:
+            found[token] = why
+    return found
+
+
+def start_as(model: PreTrainedModel, ids: Sequence[int], start: int) -> None:
+    """Start the rows of the tokens `ids`, in every embedding, as the row of the token `start`."""
+    import torch
+
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for layer in layers:
+            if layer is not None:
+                layer.weight[list(ids)] = layer.weight[start].clone()
+
+
+def check_init(init: str) -> None:
+    """Raises ValueError for a start that there is not."""
+    if init not in INITS:
+        raise ValueError(f"control_token_init: found {init!r}, expected one of {', '.join(INITS)}.")
+
+
+def settle(
+    new: dict[str, str],
+    closing: str,
+    *,
+    closes: float | None,
+    learning_rate: float,
+    own_rate: float | None,
+    weight: float | None,
+    sharded: bool = False,
+) -> Treatment:
+    """Choose what is done for control tokens; what is given (not None) is done, whatever the model knows.
+
+    new: see `new_tokens`. closing: the closing token. closes: its probability after whole traces before the training,
+    as the switch probe found it: a model that never closes a trace does not know the token, whatever its row looks
+    like. learning_rate: of the rest; own_rate and weight: as given. sharded: rows cannot have a learning rate.
+    """
+    new = dict(new)
+    if closes is not None and closes < CLOSES_AT_ALL and closing not in new:
+        new[closing] = f"after a whole trace its probability is {closes:.1g}"
+    rate = own_rate
+    if rate is None and new and not sharded:
+        rate = max(learning_rate, min(RATE_FACTOR * learning_rate, HIGHEST_RATE)) or None
+    chosen = (CLOSING_WEIGHT if closing in new else 1.0) if weight is None else weight
+    told = "; ".join(f"{token}: {why}" for token, why in new.items())
+    does = "the learning rate of the rest" if rate is None else f"a learning rate of {rate:g} for their rows"
+    does += f", and {closing} the weight {chosen:g} in the loss"
+    if new:
+        line = f"Control tokens that are new to the model ({told}) get {does}."
+    elif own_rate is None and weight is None:
+        line = "Control tokens: the model knows all of them, they are trained as everything else."
+    else:
+        line = f"Control tokens: the model knows all of them. As asked for, they get {does}."
+    if sharded and new and own_rate is None:
+        line += " (Sharded weights: no learning rate of their own.)"
+    return Treatment(new, rate, chosen, line)
+
+
+def control_rows(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, list[int]]]:
+    """The trained parameters that hold the rows of the tokens `ids`, each with the rows in it: (tokens, width).
+
+    Those are the input embedding and an output embedding of its own, or, under LoRA, peft's trained rows.
+    """
+    found: dict[int, tuple[torch.Tensor, list[int]]] = {}
+    for module in model.modules():
+        deltas = getattr(module, "trainable_tokens_delta", None) or {}
+        for adapter, parameter in deltas.items():
+            if parameter.requires_grad:
+                known = list(module.token_indices[adapter])
+                found[id(parameter)] = (parameter, [known.index(token) for token in ids if token in known])
+    if not found:
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+        weights = [layer.weight for layer in layers if layer is not None and layer.weight.requires_grad]
+        found = {id(weight): (weight, list(ids)) for weight in weights}
+    return [(parameter, rows) for parameter, rows in found.values() if rows]
 
 
 def multiply_updates(
-    optimizer: torch.optim.Optimizer, rows: list[tuple[torch.Tensor, list[int] | slice]], factor: float
+    optimizer: torch.optim.Optimizer, rows: list[tuple[torch.Tensor, list[int]]], factor: float
 ) -> None:
     """Make every step of `optimizer` move these rows `factor` times as far: their learning rate, times `factor`.
 
@@ -43,10 +183,10 @@ def multiply_updates(
 
     before: list[torch.Tensor] = []
 
-    def remember(*_: Any) -> None:
+    def remember(*_: object) -> None:
         before[:] = [weight.detach()[chosen].clone() for weight, chosen in rows]
 
-    def multiply(*_: Any) -> None:
+    def multiply(*_: object) -> None:
         with torch.no_grad():
             for (weight, chosen), old in zip(rows, before, strict=True):
                 weight[chosen] = old + factor * (weight[chosen] - old)

@@ -14,18 +14,27 @@ from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from thinkfusion.balance import Balancer, BiasUpdate
 from thinkfusion.callbacks import GradientCheck, RoutingCallback, SwitchProbeCallback
 from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template
 from thinkfusion.checkpointing import checkpoint_to_train
 from thinkfusion.configuration import ThinkFusionConfig
-from thinkfusion.control_tokens import control_rows, multiply_updates, weigh_closing_token
+from thinkfusion.control_tokens import (
+    Treatment,
+    control_rows,
+    multiply_updates,
+    new_tokens,
+    settle,
+    start_as,
+    weigh_closing_token,
+)
 from thinkfusion.conversations import Conversation
 from thinkfusion.hub_training import HubTrainer
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
-from thinkfusion.probing import prepared_references
+from thinkfusion.probing import prepared_references, probe_entry, probe_references
 from thinkfusion.quantising import is_quantised
 from thinkfusion.rendering import IGNORED
 from thinkfusion.routing import RouteCounter
@@ -48,6 +57,8 @@ class ThinkFusionTrainer(HubTrainer):
     peft_config: a LoRA configuration; True for the one of `thinkfusion.lora_config`, with `args`' `train_…`.
 
     A tokenizer without our chat template gets it installed, and the model the embeddings of new control tokens.
+    Control tokens that are new to the model, which their rows and the switch probe tell, get a learning rate of their
+    own and a weight in the loss; when the training begins `control_tokens` has what was found and done, and the log.
     `row_report` tells what became of the training rows. `switch_probe` measures on the way whether the switch comes
     alive (see `SwitchProbeCallback`), and warns if not. Logs `loss_thinking`, `loss_non_thinking` (mean loss of
     a trained token, since the last log) and `tokens_thinking`, `tokens_non_thinking` (trained tokens so far).
@@ -69,9 +80,16 @@ class ThinkFusionTrainer(HubTrainer):
         if not isinstance(args, ThinkFusionConfig):
             raise TypeError(f"args: found {type(args).__name__}, expected a ThinkFusionConfig.")
         model, tokenizer = checkpoint_to_train(model, processing_class, narrow=bool(args.bf16 and peft_config))
-        template = _installed(tokenizer, model, args)
+        template, added = _installed(tokenizer, model, args)
         self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in template.dialect.control_tokens]
         self._closing_id = tokenizer.convert_tokens_to_ids(template.scheme.closing_token)
+        # Of sharded weights a process may hold a part, or nothing yet.
+        whole = not (is_fsdp_enabled() or is_deepspeed_zero3_enabled())
+        self._new_tokens = new_tokens(model, tokenizer, template.dialect.control_tokens, added, rows_are_whole=whole)
+        if args.control_token_init == "end_of_turn":
+            ids = tokenizer.convert_tokens_to_ids(list(self._new_tokens))
+            start_as(model, ids, tokenizer.convert_tokens_to_ids(template.dialect.answer_end))
+        self.control_tokens: Treatment | None = None
         if peft_config is True:
             peft_config = lora_config(model, tokenizer, **args.kinds_that_train(lora=True))
         if peft_config is None and not isinstance(model, PeftModel):
@@ -192,11 +210,34 @@ class ThinkFusionTrainer(HubTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the rows of a stream are reported when it has been read to its end."""
+        if self.control_tokens is None:
+            self.control_tokens = self._treated()
+            if self.args.process_index == 0:
+                # What is done by default to tokens that are new is told to everyone who reads warnings.
+                level = logging.WARNING if self.control_tokens.new else logging.INFO
+                logger.log(level, "%s", self.control_tokens.line)
         result = super().train(*args, **kwargs)
         rows = self.train_dataset
         if isinstance(rows, StreamedRows) and rows.report.rows and self.args.process_index == 0:
             logger.info("%s", rows.report)
         return result
+
+    def _treated(self) -> Treatment:
+        """What is done for the control tokens of this model, as it is before the first step."""
+        args, closes = self.args, None
+        if self.switch_probe is not None:
+            found = probe_references(self.model, self.switch_probe.references, self._closing_id)
+            closes = probe_entry(found).get("closes")
+        can_weigh = args.loss_type == "nll" and not args.label_smoothing_factor
+        return settle(
+            self._new_tokens,
+            self.processing_class.convert_ids_to_tokens(self._closing_id),
+            closes=closes,
+            learning_rate=args.learning_rate,
+            own_rate=args.control_token_learning_rate,
+            weight=args.control_token_weight if can_weigh else 1.0,
+            sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step forward and backward, under the attention of rows."""
@@ -236,7 +277,8 @@ class ThinkFusionTrainer(HubTrainer):
     ) -> Any:
         """TRL's loss, the mean over trained tokens (or as `mode_weights` say), noting the share of each mode."""
         modes, nodes = inputs.pop("modes"), inputs.pop("nodes", None)
-        weight, closing, labels = self.args.control_token_weight, self._closing_id, inputs["labels"]
+        weight = 1.0 if self.control_tokens is None else self.control_tokens.weight
+        closing, labels = self._closing_id, inputs["labels"]
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         balancer = self._balancer if self.model.training else None
         routes = self._routes if self.model.training else None
@@ -296,14 +338,17 @@ class ThinkFusionTrainer(HubTrainer):
         """TRL's optimizer, with the control tokens' own learning rate in it."""
         exists = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
-        wanted = self.args.control_token_learning_rate
-        if wanted is not None and not exists:
+        treatment = self.control_tokens
+        if treatment is not None and treatment.learning_rate is not None and not exists:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
                     "control_token_learning_rate: not for sharded weights (FSDP, DeepSpeed); leave it unset."
                 )
-            rows = control_rows(self.model, self._control_ids)
-            multiply_updates(optimizer, rows, wanted / self.args.learning_rate)
+            ids = [self.processing_class.convert_tokens_to_ids(token) for token in treatment.new]
+            rows = control_rows(self.model, ids or self._control_ids)
+            if not rows:
+                logger.warning("control_token_learning_rate: no row of a control token trains, so it does nothing.")
+            multiply_updates(optimizer, rows, treatment.learning_rate / self.args.learning_rate)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -330,15 +375,16 @@ class ThinkFusionTrainer(HubTrainer):
 
 def _installed(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: ThinkFusionConfig
-) -> InstalledTemplate:
-    """The tokenizer's switchable template, installed if it has none; ValueError if it is not what `args` asks for.
+) -> tuple[InstalledTemplate, list[int]]:
+    """The tokenizer's switchable template, installed if it has none, and the ids of the tokens that this added.
 
-    The model gets the modes' generation defaults of `args`, if there are any.
+    Raises ValueError if the template is not what `args` asks for. The model gets the modes' generation defaults of
+    `args`, if there are any.
     """
-    template = installed_template(tokenizer)
+    template, added = installed_template(tokenizer), []
     if template is None:
         logger.warning("Installing the chat template with the scheme %r on the tokenizer.", args.scheme)
-        install_chat_template(
+        added = install_chat_template(
             tokenizer, model, scheme=args.scheme, default_mode=args.default_mode, dialect=args.dialect
         )
     elif template.scheme.name != args.scheme:
@@ -356,7 +402,7 @@ def _installed(
     assert template is not None
     if args.generation_defaults is not None:
         set_generation_defaults(model, args.generation_defaults, default_mode=template.default_mode)
-    return template
+    return template, added
 
 
 def check_what_trains(model: PreTrainedModel, peft_config: Any, control_ids: list[int]) -> None:

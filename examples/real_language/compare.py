@@ -40,12 +40,12 @@ from make_base import BaseError, ensure_base
 RECIPES = ("trl", "no-treatment", "default")
 FROZEN = {"train_shared_experts": False}
 """The base's shared expert adds nothing: it begins with zeros, so that a part of it has no gradient, and stays so."""
-NO_TREATMENT = {"control_token_learning_rate": None, "control_token_weight": 1.0}
+LEARNING_RATE, ROWS_OF_A_STEP, LONGEST = 2e-4, 5, 1024
+NO_TREATMENT = {"control_token_learning_rate": LEARNING_RATE, "control_token_weight": 1.0}
 ROWS, SEEDS = (32, 64, 128, 256, 512, 1024), (0, 1)
 SETS = {"gsm8k": 300, "alpaca": 200, "flips": 100}
 QUICK = {"rows": (8,), "seeds": (0,), "sets": {"gsm8k": 4, "alpaca": 4, "flips": 2}, "max_new_tokens": 32}
 MODES = ("thinking", "non_thinking")
-LEARNING_RATE, ROWS_OF_A_STEP, LONGEST = 2e-4, 5, 1024
 MEMORY_GB = 12
 LAST_MINUTES = 8
 """No part of a measurement begins later than so long before the end."""
@@ -92,7 +92,6 @@ def common_settings(job: Job) -> dict[str, Any]:
     return {
         "output_dir": str(job.work / "training"),
         "num_train_epochs": 1,
-        "gradient_accumulation_steps": ROWS_OF_A_STEP,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
@@ -122,7 +121,7 @@ def trainer_of(job: Job, data: RealData) -> tuple[Any, Any]:
     install_chat_template(tokenizer, model)
     given = NO_TREATMENT if job.recipe == "no-treatment" else job.setting["default"]
     settings = ThinkFusionConfig(
-        **common_settings(job), per_device_train_batch_size=1, max_length=LONGEST, **FROZEN, **given
+        **common_settings(job), per_device_train_batch_size=ROWS_OF_A_STEP, max_length=LONGEST, **FROZEN, **given
     )
     trainer = ThinkFusionTrainer(
         model, settings, train_dataset=rows, eval_dataset=data.probe_pairs(8), processing_class=tokenizer
@@ -132,8 +131,29 @@ def trainer_of(job: Job, data: RealData) -> tuple[Any, Any]:
 
 def choose_experts(model: Any, job: Job) -> None:
     """On a CPU one expert after another is faster than the grouped product that transformers would choose."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     if job.setting["device"] == "cpu":
-        model.set_experts_implementation("eager")
+        ALL_EXPERTS_FUNCTIONS.register("one_by_one", experts_one_by_one)
+        model.set_experts_implementation("one_by_one")
+
+
+def experts_one_by_one(self: Any, states: Any, chosen: Any, weights: Any) -> Any:
+    """transformers' own loop over experts, but for its backward pass, which fills the gradients of all for each.
+
+    self: the module with the experts' weights, (experts, out, in). states: (tokens, width); chosen, weights: (tokens,
+    top-k). Returns (tokens, width).
+    """
+    import torch
+    from torch.nn.functional import linear
+
+    mixed = torch.zeros_like(states)
+    for expert, (up, down) in enumerate(zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)):
+        token, place = torch.where(chosen == expert)
+        if len(token):
+            found = linear(self._apply_gate(linear(states[token], up)), down)
+            mixed.index_add_(0, token, (found * weights[token, place, None]).to(mixed.dtype))
+    return mixed
 
 
 def trl_trainer(job: Job, model: Any, tokenizer: Any, rows: list[Any]) -> Any:
@@ -169,6 +189,7 @@ def trl_trainer(job: Job, model: Any, tokenizer: Any, rows: list[Any]) -> Any:
     settings = SFTConfig(
         **common_settings(job),
         per_device_train_batch_size=2,
+        gradient_accumulation_steps=ROWS_OF_A_STEP,
         max_length=LONGEST,
         assistant_only_loss=True,
         router_aux_loss_coef=0.0,
