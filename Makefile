@@ -63,6 +63,7 @@ bench: setup
 	$(BIN)/python tests/benchmarks/fuzzing.py $(if $(GSM8K),--data $(GSM8K)) --json runs/benchmarks/fuzzing.json
 	$(BIN)/python tests/benchmarks/planning.py --json runs/benchmarks/planning.json
 	$(BIN)/python tests/benchmarks/routing.py --json runs/benchmarks/routing.json
+	$(BIN)/python tests/benchmarks/control_tokens.py --json runs/benchmarks/control_tokens.json
 	$(BIN)/python tests/benchmarks/rl.py --json runs/benchmarks/rl.json
 
 $(VENV)/.real-language: $(VENV)/.installed

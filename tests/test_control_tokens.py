@@ -137,7 +137,7 @@ def test_a_row_that_was_never_trained_is_told_by_itself_and_its_neighbours(tiny_
     weight = model.get_input_embeddings().weight.detach()
     mean, reserved = weight.mean(dim=0), torch.randn(32) * weight.std()
     with_rows(model, {7: mean, 8: torch.zeros(32), 9: reserved, 10: reserved * 1.0001, 11: 3 * weight[11]})
-    assert why_untrained(model, 7).startswith("its row is the mean of all, but for 0.0")
+    assert why_untrained(model, 7).startswith("its row is the mean of all (at 0.0")
     assert why_untrained(model, 8) == "its row is zero"
     assert why_untrained(model, 9) == "its row is that of token 10 (cosine 1.000)"
     assert [token for token in range(12, 60) if why_untrained(model, token)] == []
@@ -205,7 +205,7 @@ def test_a_base_without_the_tokens_is_treated_and_its_pupil_is_not(tmp_path, tin
     assert (first.control_tokens.learning_rate, first.control_tokens.weight) == (1e-2, CLOSING_WEIGHT)
     (record,) = [record for record in caplog.records if record.message.startswith("Control tokens")]
     assert record.levelno == logging.WARNING
-    assert "<think>: it was added" in record.message
+    assert "(<|im_start|>, <|im_end|>, <think>, </think>: it was added)" in record.message
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="thinkfusion.training"):
         second = train(tmp_path / "again", model, base_tokenizer, learning_rate=1e-3)

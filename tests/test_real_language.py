@@ -245,6 +245,7 @@ def result(recipe, rows, seed, closes, error):
         "sets": sets,
         "trained_tokens": 1234,
         "training_seconds": 5.0,
+        "reference_reasoning_tokens": 90.04,
     } | {"probe": {"thinking": probe, "non_thinking": {"answer_begins": 0.25}}}
 
 
@@ -258,6 +259,7 @@ def test_the_table_and_the_figure_are_those_of_the_results(tmp_path):
     )
     assert "| 64 | default | Alpaca | non-thinking | - |" in table
     assert "format error: -0.87, n = 3" in table
+    assert "own solutions have 90.0 tokens on average" in table
     assert json.loads((tmp_path / "comparison.json").read_text()) == results
     assert (tmp_path / "comparison.md").read_text() == table + "\n"
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
@@ -286,6 +288,7 @@ TOOL_ROW = {
 def job_of(recipe, folder, seconds=3600.0):
     setting = {"base": "tiny-base", "data": str(folder), "default": {}, "sets": {"gsm8k": 2, "alpaca": 2, "flips": 2}}
     setting |= {"max_new_tokens": 4, "temperature": 0.0, "bf16": False, "threads": 1, "device": "cpu", "batch_size": 4}
+    setting["keep_models"] = recipe == "default"
     return compare.Job(recipe, 0, 8, setting, str(folder / "out"), time.time() + seconds)
 
 
@@ -303,6 +306,7 @@ def test_a_point_is_trained_and_measured(folder, recipe, quiet):
     (row,) = compare.finished([job])
     assert (row["recipe"], row["seed"], row["rows"], row["steps"]) == (recipe, 0, 8, 2)
     assert row["trained_tokens"] > 100
+    assert row["reference_reasoning_tokens"] > 1
     assert set(row["probe"]["thinking"]) >= {"closes", "closes_inside", "trace_begins"}
     for name, samples in (("gsm8k", 2), ("alpaca", 2), ("flips", 3)):
         for mode in Mode:
@@ -310,6 +314,7 @@ def test_a_point_is_trained_and_measured(folder, recipe, quiet):
             assert cell["samples"] == sum(cell["classes"].values()) == samples
             assert set(compare.NAMES) <= set(cell)
     assert not job.work.exists()
+    assert (folder / "out" / "models" / job.name / "config.json").is_file() == (recipe == "default")
 
 
 def test_a_point_stops_in_time_and_goes_on(folder, quiet):

@@ -64,7 +64,7 @@ def _untrained_row(weight: torch.Tensor, token: int) -> str | None:
         return "its row is zero"
     own = row - mean
     if own.norm() < NEAR_MEAN * usual:
-        return f"its row is the mean of all, but for {float(own.norm() / usual):.2f} of the usual distance"
+        return f"its row is the mean of all (at {float(own.norm() / usual):.2f} of the usual distance)"
     own = own / own.norm()
     twin, largest = -1, -1.0
     for start in range(0, len(weight), _CHUNK):
@@ -139,7 +139,10 @@ def settle(
     if rate is None and new and not sharded:
         rate = max(learning_rate, min(RATE_FACTOR * learning_rate, HIGHEST_RATE)) or None
     chosen = (CLOSING_WEIGHT if closing in new else 1.0) if weight is None else weight
-    told = "; ".join(f"{token}: {why}" for token, why in new.items())
+    reasons: dict[str, list[str]] = {}
+    for token, why in new.items():
+        reasons.setdefault(why, []).append(token)
+    told = "; ".join(f"{', '.join(tokens)}: {why}" for why, tokens in reasons.items())
     does = "the learning rate of the rest" if rate is None else f"a learning rate of {rate:g} for their rows"
     does += f", and {closing} the weight {chosen:g} in the loss"
     if new:

@@ -46,7 +46,7 @@ ROWS, SEEDS = (32, 64, 128, 256, 512, 1024), (0, 1)
 SETS = {"gsm8k": 300, "alpaca": 200, "flips": 100}
 QUICK = {"rows": (8,), "seeds": (0,), "sets": {"gsm8k": 4, "alpaca": 4, "flips": 2}, "max_new_tokens": 32}
 MODES = ("thinking", "non_thinking")
-MEMORY_GB = 12
+MEMORY_GB = 14
 LAST_MINUTES = 8
 """No part of a measurement begins later than so long before the end."""
 
@@ -266,8 +266,11 @@ def trained_tokens(dataset: Any) -> int:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The probe and the sets of a trained checkpoint; a set that is measured already is read."""
+def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """The probe and the sets of a trained checkpoint, and how long the references' traces of the problems are.
+
+    A set that is measured already is read.
+    """
     from thinkfusion import load_checkpoint, switch_probe
     from thinkfusion.generation import Sampling
     from thinkfusion.replying import Replier
@@ -290,7 +293,7 @@ def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any]]:
             modes = flip_figures(replier, data, count) if name == "flips" else set_figures(replier, data, name, count)
             write(kept, json.dumps({"modes": modes, "seconds": round(time.monotonic() - begun, 1)}))
         sets[name] = json.loads(kept.read_text(encoding="utf-8"))
-    return probe, sets
+    return probe, sets, data.reference_tokens(tokenizer, setting["sets"]["gsm8k"])
 
 
 def set_figures(replier: Any, data: RealData, name: str, count: int) -> dict[str, Any]:
@@ -350,7 +353,7 @@ def run(job: Job) -> bool:
     data = read_data(Path(job.setting["data"]))
     try:
         trained = train(job, data)
-        probe, sets = measure(job, data)
+        probe, sets, reference = measure(job, data)
     except OutOfTimeError:
         return False
     found = {
@@ -358,10 +361,16 @@ def run(job: Job) -> bool:
         "seed": job.seed,
         "rows": job.rows,
         **trained,
+        "reference_reasoning_tokens": reference,
         "probe": probe,
         "sets": {name: each["modes"] for name, each in sets.items()},
         "evaluation_seconds": {name: each["seconds"] for name, each in sets.items()},
     }
+    if job.setting["keep_models"]:
+        kept = Path(job.folder, "models", job.name)
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        (job.work / "model").replace(kept)
     write(job.result, json.dumps(found, indent=1))
     shutil.rmtree(job.work)
     return True
@@ -389,9 +398,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help=f"(default: {SEEDS})")
     parser.add_argument("--minutes", type=float, default=60, help="time for this call (default: %(default)s)")
     parser.add_argument("--default", type=json.loads, default={}, help="JSON of other settings for the recipe default")
+    parser.add_argument("--sets", type=json.loads, help=f"JSON: how many are measured (default: {json.dumps(SETS)})")
     parser.add_argument("--max_new_tokens", type=int, help="most tokens of a reply (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.6, help="of the replies (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=50, help="replies at a time (default: %(default)s)")
+    parser.add_argument("--keep_models", action="store_true", help="keep each checkpoint, in OUTPUT/models (1.5 GB)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: cores)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--bf16", default=True, action=argparse.BooleanOptionalAction, help="compute in bfloat16")
@@ -404,7 +415,7 @@ def setting_of(options: argparse.Namespace) -> dict[str, Any]:
         "base": str(options.base or options.output / "base"),
         "data": str(options.data),
         "default": options.default,
-        "sets": QUICK["sets"] if options.quick else SETS,
+        "sets": {**(QUICK["sets"] if options.quick else SETS), **(options.sets or {})},
         "max_new_tokens": options.max_new_tokens or (QUICK["max_new_tokens"] if options.quick else 256),
         "temperature": options.temperature,
         "bf16": options.bf16,
@@ -449,7 +460,7 @@ def main() -> None:
         sys.exit(f"compare: {error}")
     del data
     write(kept, json.dumps(setting))
-    further = {"threads": options.threads, "device": options.device, "batch_size": options.batch_size}
+    further = {name: getattr(options, name) for name in ("threads", "device", "batch_size", "keep_models")}
     # The smallest first, all recipes of it, so that a part of the run is a table already.
     jobs = [
         Job(recipe, seed, rows, {**setting, **further}, str(options.output), deadline)

@@ -65,6 +65,10 @@ def table(results: list[dict[str, Any]]) -> str:
         parts.append(mean([row["probe"]["non_thinking"]["answer_begins"] for row in given], ".3f"))
         parts += [mean([row[key] for row in given], ",.0f") for key in ("trained_tokens", "training_seconds")]
         lines.append(f"| {' | '.join((str(rows), recipe, *parts))} |")
+    references = {round(row["reference_reasoning_tokens"], 1) for row in results}
+    if references:
+        told = ", ".join(f"{tokens:.1f}" for tokens in sorted(references))
+        lines += ["", f"The traces of the problems' own solutions have {told} tokens on average."]
     points = scatter(results)
     found = rank_correlation(points)
     if found is not None:

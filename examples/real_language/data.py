@@ -79,6 +79,11 @@ class RealData:
             for row in rows[:count]
         ]
 
+    def reference_tokens(self, tokenizer: Any, count: int) -> float:
+        """Mean tokens of the reference traces of the first `count` problems that are asked."""
+        traces = [row["reasoning"] for row in self.tests[:count]]
+        return sum(map(len, tokenizer(traces, add_special_tokens=False)["input_ids"])) / len(traces)
+
     def probe_pairs(self, count: int = PROBE_ROWS) -> list[dict[str, str]]:
         """Problems of the test file that no prompt uses, for the switch probe."""
         return list(self.tests[-count:])
