@@ -178,6 +178,7 @@ GIVEN = {"closes": 0.5, "learning_rate": 1e-5, "own_rate": None, "weight": None}
         ({}, {"closes": None}, None, 1.0, "knows all"),
         ({}, {"closes": 2e-9}, 2.5e-4, 5.0, "</think>: after a whole trace its probability is 2e-09"),
         ({}, {"weight": 4.0}, None, 4.0, "knows all of them. As asked for, they get the learning rate of the rest"),
+        ({}, {"weight": 4.0, "closed": False}, None, 4.0, "No row ends a trace with </think>: its weight does nothing"),
         ({}, {"own_rate": 1e-4}, 1e-4, 1.0, "As asked for, they get a learning rate of 0.0001"),
     ],
 )
@@ -312,6 +313,11 @@ def test_rows_that_do_not_train_are_told(tmp_path, tiny_models, base_tokenizer, 
             peft_config=LoraConfig(target_modules=["q_proj"]),
         ).train()
     assert "control_token_learning_rate: no row of a control token trains, so it does nothing" in caplog.text
+
+
+def test_rows_without_a_trace_train_no_closing_token(tmp_path, tiny_models, base_tokenizer):
+    trainer = train(tmp_path, tiny_models(), base_tokenizer, mixture="non_thinking", control_token_weight=5.0)
+    assert "No row ends a trace with </think>" in trainer.control_tokens.line
 
 
 def test_labels_that_are_smoothed_have_no_weight(tmp_path, tiny_models, base_tokenizer):

@@ -50,6 +50,10 @@ def config(folder, **settings) -> ThinkFusionConfig:
     return ThinkFusionConfig(**defaults | settings)
 
 
+UNTREATED = {"control_token_learning_rate": 1e-3, "control_token_weight": 1.0}
+"""The new control tokens of the base trained as everything else, as plain computations have it."""
+
+
 def logged(trainer, name: str) -> list[float]:
     return [record[name] for record in trainer.state.log_history if name in record]
 
@@ -196,7 +200,7 @@ def test_a_stream_of_trees_trains_like_a_file(trained, caplog):
 
 def test_a_mode_counts_as_much_as_its_weight_says(trained):
     """Against the logged losses of the modes, which no weight changes; a step in two batches is one step."""
-    plain = trained(max_steps=1, per_device_train_batch_size=6)
+    plain = trained(max_steps=1, per_device_train_batch_size=6, **UNTREATED)
     thinking, non_thinking = (logged(plain, f"loss_{mode}")[0] for mode in Mode)
     n_thinking, n_non_thinking = (logged(plain, f"tokens_{mode}")[0] for mode in Mode)
     assert logged(plain, "loss")[0] == pytest.approx(
@@ -220,6 +224,7 @@ def test_a_mode_counts_as_much_as_its_weight_says(trained):
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=accumulation,
                 **settings,
+                **UNTREATED,
             )
             assert logged(trainer, "loss")[0] == pytest.approx(expected, rel=1e-4)
             assert logged(trainer, "loss_thinking")[0] == pytest.approx(thinking, rel=1e-4)
@@ -326,7 +331,13 @@ def test_what_would_tear_rows_apart_is_refused(trained):
 
 def test_the_balance_loss_of_the_checkpoint_counts_the_tokens_of_rows(trained):
     """transformers' own; padding would be left out by the mask, and rows have none on a CPU."""
-    trainer = trained(max_steps=1, per_device_train_batch_size=6, router_aux_loss_coef=0.5, learning_rate=0.0)
+    trainer = trained(
+        max_steps=1,
+        per_device_train_batch_size=6,
+        router_aux_loss_coef=0.5,
+        learning_rate=0.0,
+        control_token_weight=1.0,
+    )
     model, (batch,) = trainer.model, list(trainer.get_train_dataloader())
     nodes, _, labels = batch.pop("nodes"), batch.pop("modes"), batch.pop("labels")
     with torch.no_grad(), tree_attention(model):
@@ -379,7 +390,7 @@ def test_a_collator_of_ones_own_needs_padded_sequences(tmp_path, model, base_tok
 
 def test_padded_sequences_train_as_trls_own_trainer_does(trained, tmp_path, tiny_models):
     """The same sequences, labels and batches: our trainer adds the modes, and changes nothing."""
-    ours = trained(sequence_layout="padded", per_device_train_batch_size=6, max_steps=3)
+    ours = trained(sequence_layout="padded", per_device_train_batch_size=6, max_steps=3, **UNTREATED)
     tokenizer = load_checkpoint("tiny-base")[1]
     model = tiny_models()
     install_chat_template(tokenizer, model)

@@ -3,15 +3,19 @@
 
 import importlib.util
 import json
+import logging
 import struct
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from thinkfusion import Mode
 
@@ -294,8 +298,16 @@ def job_of(recipe, folder, seconds=3600.0):
 
 @pytest.fixture
 def quiet(monkeypatch):
-    """`run` gives the output of its process away."""
+    """`run` is the whole of a process, whose output, logs and warnings it settles."""
     monkeypatch.setattr(sys, "stdout", sys.stdout)
+    ours, theirs = logging.getLogger("thinkfusion"), transformers_logging.get_verbosity()
+    level = ours.level
+    with warnings.catch_warnings():
+        yield
+    ours.setLevel(level)
+    transformers_logging.set_verbosity(theirs)
+    transformers_logging.enable_progress_bar()
+    datasets.enable_progress_bars()
 
 
 @pytest.mark.parametrize("recipe", compare.RECIPES)

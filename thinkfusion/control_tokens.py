@@ -121,6 +121,7 @@ def settle(
     closing: str,
     *,
     closes: float | None,
+    closed: bool = True,
     learning_rate: float,
     own_rate: float | None,
     weight: float | None,
@@ -130,7 +131,8 @@ def settle(
 
     new: see `new_tokens`. closing: the closing token. closes: its probability after whole traces before the training,
     as the switch probe found it: a model that never closes a trace does not know the token, whatever its row looks
-    like. learning_rate: of the rest; own_rate and weight: as given. sharded: rows cannot have a learning rate.
+    like. closed: whether rows train it. learning_rate: of the rest; own_rate and weight: as given. sharded: rows cannot
+    have a learning rate.
     """
     new = dict(new)
     if closes is not None and closes < CLOSES_AT_ALL and closing not in new:
@@ -151,6 +153,8 @@ def settle(
         line = "Control tokens: the model knows all of them, they are trained as everything else."
     else:
         line = f"Control tokens: the model knows all of them. As asked for, they get {does}."
+    if not closed and chosen != 1:
+        line += f" (No row ends a trace with {closing}: its weight does nothing.)"
     if sharded and new and own_rate is None:
         line += " (Sharded weights: no learning rate of their own.)"
     return Treatment(new, rate, chosen, line)

@@ -224,15 +224,17 @@ class ThinkFusionTrainer(HubTrainer):
 
     def _treated(self) -> Treatment:
         """What is done for the control tokens of this model, as it is before the first step."""
-        args, closes = self.args, None
+        args, closes, closed = self.args, None, True
         if self.switch_probe is not None:
-            found = probe_references(self.model, self.switch_probe.references, self._closing_id)
-            closes = probe_entry(found).get("closes")
+            references = self.switch_probe.references
+            closed = any(reference.closing is not None for reference in references)
+            closes = probe_entry(probe_references(self.model, references, self._closing_id)).get("closes")
         can_weigh = args.loss_type == "nll" and not args.label_smoothing_factor
         return settle(
             self._new_tokens,
             self.processing_class.convert_ids_to_tokens(self._closing_id),
             closes=closes,
+            closed=closed,
             learning_rate=args.learning_rate,
             own_rate=args.control_token_learning_rate,
             weight=args.control_token_weight if can_weigh else 1.0,
