@@ -47,6 +47,8 @@ SETS = {"gsm8k": 300, "alpaca": 200, "flips": 100}
 QUICK = {"rows": (8,), "seeds": (0,), "sets": {"gsm8k": 4, "alpaca": 4, "flips": 2}, "max_new_tokens": 32}
 MODES = ("thinking", "non_thinking")
 MEMORY_GB = 14
+SAVE_STEPS = 60
+"""About ten minutes of a training, which is what a kill can cost."""
 LAST_MINUTES = 8
 """No part of a measurement begins later than so long before the end."""
 
@@ -100,7 +102,7 @@ def common_settings(job: Job) -> dict[str, Any]:
         "bf16": job.setting["bf16"],
         "use_cpu": job.setting["device"] == "cpu",
         "seed": job.seed,
-        "save_strategy": "no",
+        "save_strategy": "no",  # see `KeepAndStop`
         "save_total_limit": 1,
         "logging_steps": 1,
         "report_to": "none",
@@ -211,8 +213,11 @@ def train(job: Job, data: RealData) -> dict[str, Any]:
     job.check_time()
     before = job.work / "training"
     trainer, tokenizer = trainer_of(job, data)
-    trainer.add_callback(stop_in_time(job))
+    trainer.add_callback(keep_and_stop(job))
     last = get_last_checkpoint(str(before)) if before.is_dir() else None
+    if last is not None and not Path(last, "trainer_state.json").is_file():
+        shutil.rmtree(last)  # killed while it was written: that file comes last
+        last = None
     begun, spent = time.monotonic(), seconds_before(job)
     trainer.train(resume_from_checkpoint=last)
     spent += time.monotonic() - begun
@@ -239,17 +244,18 @@ def train(job: Job, data: RealData) -> dict[str, Any]:
     return trained
 
 
-def stop_in_time(job: Job) -> Any:
-    """A callback that saves and stops when the time is over."""
+def keep_and_stop(job: Job) -> Any:
+    """A callback that saves every so many steps, and saves and stops when the time is over."""
     from transformers import TrainerCallback
 
-    class StopInTime(TrainerCallback):
+    class KeepAndStop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            if time.time() > job.deadline - 120 and state.global_step < state.max_steps:
-                control.should_save = control.should_training_stop = True
+            if state.global_step < state.max_steps:
+                control.should_training_stop |= time.time() > job.deadline - 120
+                control.should_save |= control.should_training_stop or state.global_step % SAVE_STEPS == 0
             return control
 
-    return StopInTime()
+    return KeepAndStop()
 
 
 def seconds_before(job: Job) -> float:
