@@ -288,7 +288,8 @@ def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], f
     choose_experts(model, job)
     rows = min(PROBE_ROWS, 2 * setting["sets"]["gsm8k"])
     probe = switch_probe(model, tokenizer, data.probe_pairs(rows))
-    sampling = Sampling(setting["max_new_tokens"], setting["temperature"], 0.95 if setting["temperature"] else 1.0)
+    # No top-p: sorting a vocabulary for each token of each reply takes longer than the model does.
+    sampling = Sampling(setting["max_new_tokens"], setting["temperature"])
     replier = Replier(model, tokenizer, sampling, setting["batch_size"], job.seed, False)
     sets = {}
     for name, count in setting["sets"].items():
