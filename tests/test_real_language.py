@@ -180,16 +180,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_training_rows_are_paired_problems_and_plain_instructions(folder):
+@pytest.mark.parametrize(("instructions", "plain", "more"), [("none", 0, 0), ("non_thinking", 4, 0), ("paired", 0, 4)])
+def test_training_rows_are_paired_problems_and_instructions(folder, instructions, plain, more):
     found = data.read_data(folder)
-    rows = found.training_rows(32, seed=0)
+    rows = found.training_rows(32, 0, instructions)
     turns = [exchange for row in rows for exchange in row.exchanges]
     reasoned = [exchange for exchange in turns if exchange.has_reasoning]
-    assert (len(reasoned), len(turns)) == (32, 32 + 4)
+    assert (len(reasoned), len(turns)) == (32 + more, 32 + more + plain)
     assert sum(len(row.exchanges) == 2 for row in rows) == 4
     assert all("<<" not in step.reasoning for exchange in reasoned for step in exchange.steps)
-    assert rows == data.read_data(folder).training_rows(32, seed=0)
-    assert rows != found.training_rows(32, seed=1)
+    assert rows == data.read_data(folder).training_rows(32, 0, instructions)
+    assert rows != found.training_rows(32, 1, instructions)
 
 
 def questions(rows):
@@ -205,7 +206,7 @@ def test_fewer_rows_are_a_part_of_more(folder):
 
 def test_what_is_held_out_is_never_trained(folder):
     found = data.read_data(folder)
-    trained = questions(found.training_rows(60, seed=0))
+    trained = questions(found.training_rows(60, 0, "paired"))
     held = [prompt for name in ("gsm8k", "alpaca") for prompt in found.prompts(name, 200)]
     assert len(held) == 20 + 200
     assert not trained & {prompt.question for prompt in held}
@@ -218,8 +219,13 @@ def test_what_is_held_out_is_never_trained(folder):
 
 def test_an_instruction_is_paired_by_its_rule():
     row = {"instruction": "Say it.", "input": "loud", "output": "Yes! No."}
-    assert data.instruction(row) == {"question": "Say it.\nloud", "reasoning": "", "answer": "Yes! No."}
-    assert data.instruction(row, paired=True)["reasoning"] == "I am asked: Say it.\nI can begin with this: Yes!"
+    trace = "I am asked: Say it.\nI can begin with this: Yes!"
+    assert data.instruction(row) == {
+        "question": "Say it.\nloud",
+        "reasoning": "",
+        "answer": "Yes! No.",
+        "trace": trace,
+    }
 
 
 def test_data_that_is_missing_is_one_clear_error(tmp_path):
@@ -292,7 +298,7 @@ TOOL_ROW = {
 def job_of(recipe, folder, seconds=3600.0):
     setting = {"base": "tiny-base", "data": str(folder), "default": {}, "sets": {"gsm8k": 2, "alpaca": 2, "flips": 2}}
     setting |= {"max_new_tokens": 4, "temperature": 0.0, "bf16": False, "threads": 1, "device": "cpu", "batch_size": 4}
-    setting["keep_models"] = recipe == "default"
+    setting |= {"keep_models": recipe == "default", "instructions": "non_thinking"}
     return compare.Job(recipe, 0, 8, setting, str(folder / "out"), time.time() + seconds)
 
 

@@ -34,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from comparison_page import save
-from data import DEFAULT, PROBE_ROWS, DataMissingError, RealData, read_data
+from data import DEFAULT, INSTRUCTIONS, PROBE_ROWS, DataMissingError, RealData, read_data
 from make_base import BaseError, ensure_base
 
 RECIPES = ("trl", "no-treatment", "default")
@@ -116,7 +116,7 @@ def trainer_of(job: Job, data: RealData) -> tuple[Any, Any]:
 
     model, tokenizer = load_checkpoint(job.setting["base"], dtype="float32")
     choose_experts(model, job)
-    rows = data.training_rows(job.rows, job.seed)
+    rows = data.training_rows(job.rows, job.seed, job.setting["instructions"])
     if job.recipe == "trl":
         install_chat_template(tokenizer, model, scheme="empty-block")  # the same tokens, and rows of the embeddings
         return trl_trainer(job, model, tokenizer, rows), tokenizer
@@ -405,6 +405,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help=f"(default: {SEEDS})")
     parser.add_argument("--minutes", type=float, default=60, help="time for this call (default: %(default)s)")
     parser.add_argument("--default", type=json.loads, default={}, help="JSON of other settings for the recipe default")
+    told = "how instructions are trained, an eighth as many as problems (default: %(default)s)"
+    parser.add_argument("--instructions", choices=INSTRUCTIONS, default="none", help=told)
     parser.add_argument("--sets", type=json.loads, help=f"JSON: how many are measured (default: {json.dumps(SETS)})")
     parser.add_argument("--max_new_tokens", type=int, help="most tokens of a reply (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.6, help="of the replies (default: %(default)s)")
@@ -422,6 +424,7 @@ def setting_of(options: argparse.Namespace) -> dict[str, Any]:
         "base": str(options.base or options.output / "base"),
         "data": str(options.data),
         "default": options.default,
+        "instructions": options.instructions,
         "sets": {**(QUICK["sets"] if options.quick else SETS), **(options.sets or {})},
         "max_new_tokens": options.max_new_tokens or (QUICK["max_new_tokens"] if options.quick else 256),
         "temperature": options.temperature,

@@ -9,9 +9,9 @@ The folder is given by the user (or is `../shared/data` beside the repository), 
     reason_tool_use.jsonl                  messages with reasoning and calls (of these two, either may be absent)
 
 A problem is a row with a trace: its worked solution, without the calculator's marks, is the reasoning, and its last
-line the answer, so that both modes can answer it. An instruction is answered in non-thinking mode alone, so that it
-can be measured whether thinking mode holds where it was never trained. What is drawn depends on the seed alone, and
-fewer rows are the first of more.
+line the answer, so that both modes can answer it. Instructions are trained as is asked for: in neither mode, so that it
+is measured whether both hold where they were never trained; in non-thinking mode alone; or in both, with a trace made
+by a rule. What is drawn depends on the seed alone, and fewer rows are the first of more.
 """
 
 import json
@@ -26,6 +26,7 @@ from thinkfusion import Conversation, EvaluationPrompt, RecordOptions, read_conv
 
 DEFAULT = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 NEEDED = ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "alpaca.json")
+INSTRUCTIONS = ("none", "non_thinking", "paired")
 TOOLS = ("glaive_toolcall.json", "reason_tool_use.jsonl")
 HELD_OUT_SEED = 2026
 """Decides what is held out, whatever the seed of the training is."""
@@ -52,15 +53,18 @@ class RealData:
     held_out_instructions: tuple[dict[str, str], ...]
     tools: tuple[Conversation, ...]
 
-    def training_rows(self, rows: int, seed: int) -> list[Conversation]:
-        """Conversations with `rows` paired problems, and instructions and tool use in their shares."""
+    def training_rows(self, rows: int, seed: int, instructions: str = "none") -> list[Conversation]:
+        """Conversations with `rows` paired problems, and tool use, and instructions unless "none", in their shares."""
         drawn = random.Random(seed)
         problems = drawn.sample(self.problems, len(self.problems))[:rows]
         single = round(rows * (1 - MULTI_TURN_SHARE))
         made = [as_conversation([row]) for row in problems[:single]]
         made += [as_conversation(problems[start : start + 2]) for start in range(single, rows, 2)]
-        instructions = drawn.sample(self.instructions, len(self.instructions))[: max(1, round(rows * ALPACA_SHARE))]
-        made += [as_conversation([row]) for row in instructions]
+        chosen = drawn.sample(self.instructions, len(self.instructions))[: max(1, round(rows * ALPACA_SHARE))]
+        if instructions == "paired":
+            made += [as_conversation([{**row, "reasoning": row["trace"]}]) for row in chosen]
+        elif instructions == "non_thinking":
+            made += [as_conversation([row]) for row in chosen]
         made += drawn.sample(self.tools, len(self.tools))[: max(1, round(rows * TOOLS_SHARE))]
         drawn.shuffle(made)
         return made
@@ -148,19 +152,17 @@ def number_of(answer: str) -> str:
     return answer.removeprefix("The answer is ").removesuffix(".").replace(",", "")
 
 
-def instruction(row: dict[str, str], *, paired: bool = False) -> dict[str, str]:
-    """An instruction in the library's columns, without a trace unless `paired`.
+def instruction(row: dict[str, str]) -> dict[str, str]:
+    """An instruction in the library's columns, without reasoning; `trace` is what is its reasoning where it is paired.
 
     The rule for a trace: what is asked, said again, and what the answer begins with. It teaches form, not thought;
     `thinkfusion generate-pairs` makes traces with a model.
     """
     question = "\n".join(part.strip() for part in (row["instruction"], row["input"]) if part.strip())
     answer = row["output"].strip()
-    if not paired:
-        return {"question": question, "reasoning": "", "answer": answer}
     begins = re.split(r"(?<=[.!?])\s", answer, maxsplit=1)[0]
-    reasoning = f"I am asked: {row['instruction'].strip()}\nI can begin with this: {begins}"
-    return {"question": question, "reasoning": reasoning, "answer": answer}
+    trace = f"I am asked: {row['instruction'].strip()}\nI can begin with this: {begins}"
+    return {"question": question, "reasoning": "", "answer": answer, "trace": trace}
 
 
 def as_conversation(rows: Sequence[dict[str, str]]) -> Conversation:
