@@ -252,6 +252,7 @@ def result(recipe, rows, seed, closes, error):
         "recipe": recipe,
         "seed": seed,
         "rows": rows,
+        "instructions": "non_thinking",
         "sets": sets,
         "trained_tokens": 1234,
         "training_seconds": 5.0,
@@ -269,6 +270,7 @@ def test_the_table_and_the_figure_are_those_of_the_results(tmp_path):
     )
     assert "| 64 | default | Alpaca | non-thinking | - |" in table
     assert "format error: -0.87, n = 3" in table
+    assert "| 32 | trl | non-thinking | 0.010 |" in table
     assert "own solutions have 90.0 tokens on average" in table
     assert json.loads((tmp_path / "comparison.json").read_text()) == results
     assert (tmp_path / "comparison.md").read_text() == table + "\n"

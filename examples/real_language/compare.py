@@ -367,6 +367,7 @@ def run(job: Job) -> bool:
         "recipe": job.recipe,
         "seed": job.seed,
         "rows": job.rows,
+        "instructions": job.setting["instructions"],
         **trained,
         "reference_reasoning_tokens": reference,
         "probe": probe,

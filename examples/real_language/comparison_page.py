@@ -57,7 +57,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 tokens = mean([cell["reasoning_tokens"] for cell in cells], ".1f")
                 parts = (str(rows), recipe, title, mode.replace("_", "-"), shares[0], told, *shares[1:], tokens)
                 lines.append(f"| {' | '.join(parts)} |")
-    probed = ("rows", "recipe", "closes", "closes inside", "trace begins", "answer begins", "trained tokens", "seconds")
+    probed = ("rows", "recipe", "instructions", "closes", "closes inside", "trace begins", "answer begins")
+    probed += ("trained tokens", "seconds")
     lines += ["", f"| {' | '.join(probed)} |", f"|{'---|' * len(probed)}"]
     for rows, recipe, given in grouped(results):
         thinking = [row["probe"]["thinking"] for row in given]
