@@ -65,7 +65,8 @@ def table(results: list[dict[str, Any]]) -> str:
         parts = [mean([each[key] for each in thinking], ".3f") for key in ("closes", "closes_inside", "trace_begins")]
         parts.append(mean([row["probe"]["non_thinking"]["answer_begins"] for row in given], ".3f"))
         parts += [mean([row[key] for row in given], ",.0f") for key in ("trained_tokens", "training_seconds")]
-        lines.append(f"| {' | '.join((str(rows), recipe, *parts))} |")
+        trained_how = ", ".join(sorted({row["instructions"].replace("_", "-") for row in given}))
+        lines.append(f"| {' | '.join((str(rows), recipe, trained_how, *parts))} |")
     references = {round(row["reference_reasoning_tokens"], 1) for row in results}
     if references:
         told = ", ".join(f"{tokens:.1f}" for tokens in sorted(references))
