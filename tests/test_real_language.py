@@ -25,6 +25,7 @@ sys.path.insert(0, str(FOLDER))
 import compare  # noqa: E402
 import comparison_page  # noqa: E402
 import data  # noqa: E402
+import experts  # noqa: E402
 import make_base  # noqa: E402
 
 
@@ -238,6 +239,22 @@ def test_the_real_files_are_read():
     found = data.read_data()
     assert (len(found.problems), len(found.tests), len(found.held_out_instructions)) == (7473, 1319, 200)
     assert len(found.tools) > 100
+
+
+def test_experts_one_by_one_are_transformers_own(tiny_models):
+    """Outputs and gradients, with an expert that no token chose."""
+    found = []
+    for way in ("eager", "one_by_one"):
+        model = tiny_models()
+        if way == "one_by_one":
+            experts.choose_experts(model, "cpu")
+        else:
+            model.set_experts_implementation(way)
+        logits = model(torch.arange(3)[None]).logits
+        logits.square().mean().backward()
+        found.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 # The comparison -------------------------------------------------------------------------------------------------------

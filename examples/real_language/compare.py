@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from comparison_page import save
 from data import DEFAULT, INSTRUCTIONS, PROBE_ROWS, DataMissingError, RealData, read_data
+from experts import choose_experts
 from make_base import BaseError, ensure_base
 
 RECIPES = ("trl", "no-treatment", "default")
@@ -115,7 +116,7 @@ def trainer_of(job: Job, data: RealData) -> tuple[Any, Any]:
     from thinkfusion import ThinkFusionConfig, ThinkFusionTrainer, install_chat_template, load_checkpoint
 
     model, tokenizer = load_checkpoint(job.setting["base"], dtype="float32")
-    choose_experts(model, job)
+    choose_experts(model, job.setting["device"])
     rows = data.training_rows(job.rows, job.seed, job.setting["instructions"])
     if job.recipe == "trl":
         install_chat_template(tokenizer, model, scheme="empty-block")  # the same tokens, and rows of the embeddings
@@ -129,33 +130,6 @@ def trainer_of(job: Job, data: RealData) -> tuple[Any, Any]:
         model, settings, train_dataset=rows, eval_dataset=data.probe_pairs(8), processing_class=tokenizer
     )
     return trainer, tokenizer
-
-
-def choose_experts(model: Any, job: Job) -> None:
-    """On a CPU one expert after another is faster than the grouped product that transformers would choose."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    if job.setting["device"] == "cpu":
-        ALL_EXPERTS_FUNCTIONS.register("one_by_one", experts_one_by_one)
-        model.set_experts_implementation("one_by_one")
-
-
-def experts_one_by_one(self: Any, states: Any, chosen: Any, weights: Any) -> Any:
-    """transformers' own loop over experts, but for its backward pass, which fills the gradients of all for each.
-
-    self: the module with the experts' weights, (experts, out, in). states: (tokens, width); chosen, weights: (tokens,
-    top-k). Returns (tokens, width).
-    """
-    import torch
-    from torch.nn.functional import linear
-
-    mixed = torch.zeros_like(states)
-    for expert, (up, down) in enumerate(zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)):
-        token, place = torch.where(chosen == expert)
-        if len(token):
-            found = linear(self._apply_gate(linear(states[token], up)), down)
-            mixed.index_add_(0, token, (found * weights[token, place, None]).to(mixed.dtype))
-    return mixed
 
 
 def trl_trainer(job: Job, model: Any, tokenizer: Any, rows: list[Any]) -> Any:
@@ -285,7 +259,7 @@ def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], f
     setting = job.setting
     model, tokenizer = load_checkpoint(job.work / "model", dtype="bfloat16" if setting["bf16"] else "float32")
     model.to(setting["device"])
-    choose_experts(model, job)
+    choose_experts(model, job.setting["device"])
     rows = min(PROBE_ROWS, 2 * setting["sets"]["gsm8k"])
     probe = switch_probe(model, tokenizer, data.probe_pairs(rows))
     # No top-p: sorting a vocabulary for each token of each reply takes longer than the model does.
