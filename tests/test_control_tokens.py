@@ -14,7 +14,7 @@ from thinkfusion.control_tokens import (
     multiply_updates,
     new_tokens,
     settle,
-    weigh_closing_token,
+    weigh_tokens,
     why_untrained,
 )
 
@@ -78,22 +78,26 @@ def test_training_moves_control_tokens_faster(tmp_path, tiny_models, base_tokeni
     torch.testing.assert_close(fast[4], plain[4])
 
 
-def test_the_closing_token_weighs_more_in_the_gradient_and_not_in_the_logs(tmp_path, tiny_models, base_tokenizer):
+def test_the_tokens_that_end_a_text_weigh_more_in_the_gradient_and_not_in_the_logs(
+    tmp_path, tiny_models, base_tokenizer
+):
     model = tiny_models()
     install_chat_template(base_tokenizer, model)
     rows = conversations(2)
-    closing = base_tokenizer.convert_tokens_to_ids("</think>")
+    closing, end = base_tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
     batch = [dict(row) for row in prepare(rows, base_tokenizer)[0]]
     expected, tokens = 0.0, 0
     for row in batch:
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
         labels = torch.tensor(row["labels"][1:])
         losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
-        expected = expected + (losses * torch.where(labels == closing, 5.0, 1.0)).sum()
+        weights = torch.where(labels == closing, 5.0, torch.where(labels == end, 3.0, 1.0))
+        expected = expected + (losses * weights).sum()
         tokens += int((labels != -100).sum())
     (expected / tokens).backward()
     gradient = model.get_input_embeddings().weight.grad.clone()
-    settings = config(tmp_path, max_steps=1, learning_rate=1e-9, max_grad_norm=0.0, control_token_weight=5.0)
+    weights = {"control_token_weight": 5.0, "end_of_turn_weight": 3.0}
+    settings = config(tmp_path, max_steps=1, learning_rate=1e-9, max_grad_norm=0.0, **weights)
     trainer = ThinkFusionTrainer(model, settings, train_dataset=rows, processing_class=base_tokenizer)
     model.zero_grad()
     trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
@@ -106,15 +110,16 @@ def test_the_closing_token_weighs_more_in_the_gradient_and_not_in_the_logs(tmp_p
     assert max(both) < 7.5  # unweighted: about the logarithm of the vocabulary
 
 
-def test_weights_stand_at_the_closing_labels_only():
+def test_weights_stand_at_the_labels_of_their_tokens_only():
     log_probs = torch.full((1, 4), -1.0, requires_grad=True)
     labels = torch.tensor([[7, -100, 7, 3, 7]])  # the first label is no prediction
-    weighed = weigh_closing_token(log_probs, labels, 7, 5.0)
-    assert weighed.tolist() == [[-1.0, -5.0, -1.0, -5.0]]
+    weighed = weigh_tokens(log_probs, labels, {7: 5.0, 3: 2.0})
+    assert weighed.tolist() == [[-1.0, -5.0, -2.0, -5.0]]
     assert weighed.requires_grad
+    assert weigh_tokens(log_probs, labels, {}) is log_probs
 
 
-@pytest.mark.parametrize("name", ["control_token_learning_rate", "control_token_weight"])
+@pytest.mark.parametrize("name", ["control_token_learning_rate", "control_token_weight", "end_of_turn_weight"])
 def test_numbers_that_make_no_sense_are_refused(tmp_path, name):
     for value in (0, -1, float("nan")):
         with pytest.raises(ValueError, match=f"{name}: found {value}, expected a number above 0"):
@@ -187,6 +192,20 @@ def test_what_is_done_follows_from_what_is_new_unless_it_is_given(new, changes, 
     assert found.learning_rate == pytest.approx(rate)
     assert found.weight == weight
     assert said in found.line
+    assert found.end_weight == (weight if "</think>" in found.new else 1.0)
+    assert ("the end of the turn" in found.line) == (found.end_weight != 1)
+
+
+def test_the_end_of_the_turn_has_the_weight_that_is_given():
+    known = settle({}, "</think>", **GIVEN, end_weight=3.0)
+    assert (known.weight, known.end_weight) == (1.0, 3.0)
+    assert (
+        "As asked for, they get the learning rate of the rest, and </think> the weight 1 in the loss, the end of the turn 3."
+        in known.line
+    )
+    assert settle({"</think>": "it was added"}, "</think>", **GIVEN, end_weight=1.0).end_weight == 1.0
+    # Where no trace is trained there is no choice to be balanced.
+    assert settle({"</think>": "it was added"}, "</think>", **GIVEN, closed=False).end_weight == 1.0
 
 
 def train(folder, model, tokenizer, *, rows=4, **settings):
@@ -203,18 +222,14 @@ def test_a_base_without_the_tokens_is_treated_and_its_pupil_is_not(tmp_path, tin
     with caplog.at_level(logging.INFO, logger="thinkfusion.training"):
         first = train(tmp_path, model, base_tokenizer, rows=16, max_steps=30, learning_rate=3e-3)
     assert list(first.control_tokens.new) == ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    assert (first.control_tokens.learning_rate, first.control_tokens.weight) == (1e-2, CLOSING_WEIGHT)
+    assert first.control_tokens[1:4] == (1e-2, CLOSING_WEIGHT, CLOSING_WEIGHT)
     (record,) = [record for record in caplog.records if record.message.startswith("Control tokens")]
     assert record.levelno == logging.WARNING
     assert "(<|im_start|>, <|im_end|>, <think>, </think>: it was added)" in record.message
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="thinkfusion.training"):
         second = train(tmp_path / "again", model, base_tokenizer, learning_rate=1e-3)
-    assert (second.control_tokens.new, second.control_tokens.learning_rate, second.control_tokens.weight) == (
-        {},
-        None,
-        1.0,
-    )
+    assert second.control_tokens[:4] == ({}, None, 1.0, 1.0)
     assert "the model knows all of them" in caplog.text
     overruled = train(tmp_path / "more", model, base_tokenizer, control_token_weight=3.0)
     assert overruled.control_tokens.weight == 3.0
@@ -296,8 +311,9 @@ def gradients(tmp_path, tiny_models, base_tokenizer):
 def test_the_weight_is_the_same_however_rows_are_laid(gradients, layout):
     expected = gradients(**LAYOUTS["tree"])
     torch.testing.assert_close(gradients(**LAYOUTS[layout]), expected, rtol=1e-4, atol=1e-6)
-    plain = gradients(**LAYOUTS[layout], control_token_weight=1.0)
-    assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-5)
+    for name in ("control_token_weight", "end_of_turn_weight"):
+        other = gradients(**LAYOUTS[layout], **{name: 1.0})
+        assert not torch.allclose(other, expected, rtol=1e-2, atol=1e-5)
 
 
 def test_rows_that_do_not_train_are_told(tmp_path, tiny_models, base_tokenizer, caplog):

@@ -12,6 +12,7 @@ from torch import zeros
 from tests.test_training import config
 from thinkfusion import Conversation, RowReport, chat_template, make_card, prepare, save_recipe, save_report
 from thinkfusion.card_facts import Origin, is_hub_id, last_part, read_facts
+from thinkfusion.control_tokens import Treatment
 from thinkfusion.digests import weights_digest
 from thinkfusion.evaluation import EvaluationPrompt, summarise
 from thinkfusion.model_card import UNMEASURED
@@ -98,6 +99,18 @@ def test_the_recipe_without_places_and_secrets(folder, tmp_path):
     assert (
         "[owner/data](https://huggingface.co/datasets/owner/data), rows.jsonl (not on the Hub), more.csv" in card.text
     )
+
+
+def test_the_recipe_has_what_was_done_for_control_tokens_not_what_was_left_open(folder, tmp_path):
+    given = {"base_model": "owner/base", "method": "LoRA"}
+    done = Treatment({"</think>": "it was added"}, 5e-3, 5.0, 4.0, "…")
+    record = json.loads(save_recipe(folder, config(tmp_path), control_tokens=done, **given).read_text())
+    assert record["new_control_tokens"] == ["</think>"]
+    names = ("control_token_init", "control_token_learning_rate", "control_token_weight", "end_of_turn_weight")
+    assert [record["settings"][name] for name in names] == ["mean", 5e-3, 5.0, 4.0]
+    assert "| `control_token_weight` | 5.0 |" in make_card(folder, "me/model").text
+    record = json.loads(save_recipe(folder, config(tmp_path), **given).read_text())
+    assert not set(names[1:]) & set(record["settings"])
 
 
 def test_a_local_base_is_named_by_its_last_part_and_not_in_the_metadata(folder, tmp_path):

@@ -103,10 +103,13 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize(("experts", "top_k", "every"), [(4, 2, 1), (3, 1, 1), (8, 8, 1), (4, 2, 3)])
-def test_the_upcycled_model_computes_what_the_dense_one_does(experts, top_k, every):
+@pytest.mark.parametrize(
+    ("experts", "top_k", "every", "tied"), [(4, 2, 1, False), (3, 1, 1, True), (8, 8, 1, False), (4, 2, 3, True)]
+)
+def test_the_upcycled_model_computes_what_the_dense_one_does(experts, top_k, every, tied):
     dense = tiny_llama()
-    model = make_base.upcycle(dense, experts=experts, top_k=top_k, every=every, seed=0)
+    model = make_base.upcycle(dense, experts=experts, top_k=top_k, every=every, tied=tied, seed=0)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
     ids = torch.randint(0, 128, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0, atol=1e-5)
@@ -190,6 +193,13 @@ def test_training_rows_are_paired_problems_and_instructions(folder, instructions
     assert (len(reasoned), len(turns)) == (32 + more, 32 + more + plain)
     assert sum(len(row.exchanges) == 2 for row in rows) == 4
     assert all("<<" not in step.reasoning for exchange in reasoned for step in exchange.steps)
+    # Of about a half the same text ends with the closing token in one mode and with the turn in the other.
+    solved = [exchange for exchange in reasoned if exchange.user.content.startswith("train")]
+    assert all(exchange.steps[0].content.startswith("The answer is ") for exchange in solved)
+    written = [exchange for exchange in solved if exchange.alternative]
+    assert all(exchange.alternative[0].content == exchange.steps[0].reasoning for exchange in written)
+    assert 8 < len(written) < 24
+    assert len(solved) == 32
     assert rows == data.read_data(folder).training_rows(32, 0, instructions)
     assert rows != found.training_rows(32, 1, instructions)
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thinkfusion.chat_templates import template_marks
 from thinkfusion.checkpointing import TINY_BASE
@@ -23,6 +23,9 @@ from thinkfusion.digests import weight_files, weights_digest
 from thinkfusion.modes import Mode
 from thinkfusion.reporting import REPORT_NAME
 from thinkfusion.row_report import RowReport
+
+if TYPE_CHECKING:
+    from thinkfusion.control_tokens import Treatment
 
 RECIPE = "recipe.json"
 ROWS = "row_report.json"
@@ -32,7 +35,7 @@ ADAPTER = "adapter_config.json"
 _DATA_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|txt|gz|zst|arrow)$")
 _MORE_SETTINGS = (
     *("scheme", "default_mode", "dialect", "max_length", "train_router", "train_experts", "train_shared_experts"),
-    *("train_attention", "train_embeddings"),
+    *("train_attention", "train_embeddings", "control_token_init"),
 )
 _LONGEST_HEADER = 100_000_000
 
@@ -249,18 +252,25 @@ def save_recipe(
     revision: str | None = None,
     datasets: Sequence[str] = (),
     steps: int | None = None,
+    control_tokens: Treatment | None = None,
 ) -> Path:
     """Write `recipe.json`, what a model card says of the training; returns its path.
 
     settings: a ThinkFusionConfig, of which what decides the result is kept, and no path, address or secret.
     base_model, datasets: paths or Hub ids; of a path the last part is kept. method: in words, "full fine-tuning".
-    revision: the base's commit. steps: optimizer steps that were made.
+    revision: the base's commit. steps: optimizer steps that were made. control_tokens: what was done for new control
+    tokens, as a trainer's `control_tokens` has it, in place of settings that left it to the trainer.
     """
     from thinkfusion.saving import ORDER_SETTINGS, STEP_SETTINGS, plain
 
     kept = (*STEP_SETTINGS, *ORDER_SETTINGS, *_MORE_SETTINGS)
     base = None if base_model is None else Origin.of(base_model, revision)
     data = [Origin.of(name) for name in datasets]
+    chosen = {name: getattr(settings, name, None) for name in kept}
+    if control_tokens is not None:
+        chosen["control_token_learning_rate"] = control_tokens.learning_rate
+        chosen["control_token_weight"] = control_tokens.weight
+        chosen["end_of_turn_weight"] = control_tokens.end_weight
     record = {
         "recipe": 1,
         "base_model": base and base.name,
@@ -269,9 +279,8 @@ def save_recipe(
         "method": method,
         "datasets": [{"name": each.name, "on_hub": each.on_hub} for each in data],
         "steps": steps,
-        "settings": {
-            name: plain(getattr(settings, name)) for name in kept if getattr(settings, name, None) is not None
-        },
+        "settings": {name: plain(value) for name, value in chosen.items() if value is not None},
+        "new_control_tokens": [] if control_tokens is None else list(control_tokens.new),
         "versions": {name: version(name) for name in ("thinkfusion", "transformers", "trl", "peft", "torch")},
     }
     path = Path(directory) / RECIPE

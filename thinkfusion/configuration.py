@@ -161,6 +161,11 @@ class ThinkFusionConfig(TrainedParts, SFTConfig):
     )
     """The weight in the loss of the `</think>` that ends a trace. None: 5 where that token is new to the model, else 1.
     The loss stays divided by the number of tokens, so that rows, batches and processes change nothing."""
+    end_of_turn_weight: float | None = field(
+        default=None, metadata={"help": "Weight in the loss of an answer's end; by default that of a new </think>."}
+    )
+    """The weight in the loss of the token that ends an answer, which is what non-thinking mode writes where thinking
+    mode writes `</think>`. None: that of `</think>` where it is new to the model, else 1."""
     probe_rows: int = field(
         default=8, metadata={"help": "Rows of each mode for the switch probe while training; 0: none."}
     )
@@ -169,7 +174,7 @@ class ThinkFusionConfig(TrainedParts, SFTConfig):
     trained on. Not under sharded weights."""
 
     def __post_init__(self) -> None:
-        for name in ("control_token_learning_rate", "control_token_weight"):
+        for name in ("control_token_learning_rate", "control_token_weight", "end_of_turn_weight"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: found {value}, expected a number above 0.")
@@ -217,11 +222,12 @@ class ThinkFusionConfig(TrainedParts, SFTConfig):
                 )
         if self.sequence_layout != "padded" and self.train_sampling_strategy == "group_by_length":
             raise ValueError("train_sampling_strategy: rows have no padding to save by grouping; leave it unset.")
-        weighted = not self.loss_weights.plain or self.control_token_weight not in (None, 1)
+        own_weights = {self.control_token_weight, self.end_of_turn_weight}
+        weighted = not self.loss_weights.plain or not own_weights <= {None, 1}
         if weighted and (self.loss_type != "nll" or self.label_smoothing_factor):
             raise ValueError(
-                "mode_weights, normalise_by_mode, control_token_weight: only for loss_type='nll' without label "
-                "smoothing."
+                "mode_weights, normalise_by_mode, control_token_weight, end_of_turn_weight: only for loss_type='nll' "
+                "without label smoothing."
             )
 
     @property

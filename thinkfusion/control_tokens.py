@@ -2,12 +2,14 @@
 """New control tokens, brought to life: found by their rows, with a learning rate of their own and a weight in the loss.
 
 A token that was just added starts nowhere, and `</think>` is one label in a hundred: at the learning rate of the rest
-its row hardly moves, the loss looks healthy all along, and the model ends its traces without closing them.
+its row hardly moves, the loss looks healthy all along, and the model ends its traces without closing them. A weight for
+`</think>` alone makes it likely at the end of every text, in both modes: the end of the turn, which is what the other
+mode writes there, gets the same weight, so that the mode is what is learned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -31,12 +33,14 @@ class Treatment(NamedTuple):
     """What a training does for its control tokens.
 
     new: the tokens that are new to the model, each with what tells so. learning_rate: that of their rows, None where
-    it is that of the rest. weight: that of the closing token in the loss. line: all of it, for the log.
+    it is that of the rest. weight, end_weight: those of the closing token and of the end-of-turn token in the loss.
+    line: all of it, for the log.
     """
 
     new: dict[str, str]
     learning_rate: float | None
     weight: float
+    end_weight: float
     line: str
 
 
@@ -125,14 +129,15 @@ def settle(
     learning_rate: float,
     own_rate: float | None,
     weight: float | None,
+    end_weight: float | None = None,
     sharded: bool = False,
 ) -> Treatment:
     """Choose what is done for control tokens; what is given (not None) is done, whatever the model knows.
 
     new: see `new_tokens`. closing: the closing token. closes: its probability after whole traces before the training,
     as the switch probe found it: a model that never closes a trace does not know the token, whatever its row looks
-    like. closed: whether rows train it. learning_rate: of the rest; own_rate and weight: as given. sharded: rows cannot
-    have a learning rate.
+    like. closed: whether rows train it. learning_rate: of the rest; own_rate, weight, end_weight: as given. sharded:
+    rows cannot have a learning rate.
     """
     new = dict(new)
     if closes is not None and closes < CLOSES_AT_ALL and closing not in new:
@@ -141,15 +146,17 @@ def settle(
     if rate is None and new and not sharded:
         rate = max(learning_rate, min(RATE_FACTOR * learning_rate, HIGHEST_RATE)) or None
     chosen = (CLOSING_WEIGHT if closing in new else 1.0) if weight is None else weight
+    ending = (chosen if closing in new and closed else 1.0) if end_weight is None else end_weight
     reasons: dict[str, list[str]] = {}
     for token, why in new.items():
         reasons.setdefault(why, []).append(token)
     told = "; ".join(f"{', '.join(tokens)}: {why}" for why, tokens in reasons.items())
     does = "the learning rate of the rest" if rate is None else f"a learning rate of {rate:g} for their rows"
     does += f", and {closing} the weight {chosen:g} in the loss"
+    does += "" if ending == 1 else f", the end of the turn {ending:g}"
     if new:
         line = f"Control tokens that are new to the model ({told}) get {does}."
-    elif own_rate is None and weight is None:
+    elif own_rate is None and weight is None and end_weight is None:
         line = "Control tokens: the model knows all of them, they are trained as everything else."
     else:
         line = f"Control tokens: the model knows all of them. As asked for, they get {does}."
@@ -157,7 +164,7 @@ def settle(
         line += f" (No row ends a trace with {closing}: its weight does nothing.)"
     if sharded and new and own_rate is None:
         line += " (Sharded weights: no learning rate of their own.)"
-    return Treatment(new, rate, chosen, line)
+    return Treatment(new, rate, chosen, ending, line)
 
 
 def control_rows(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, list[int]]]:
@@ -202,8 +209,10 @@ def multiply_updates(
     optimizer.register_step_post_hook(multiply)
 
 
-def weigh_closing_token(log_probs: torch.Tensor, labels: torch.Tensor, closing_id: int, weight: float) -> torch.Tensor:
-    """`log_probs` with those of the closing token times `weight`; both (batch, length), labels not yet shifted."""
+def weigh_tokens(log_probs: torch.Tensor, labels: torch.Tensor, weights: Mapping[int, float]) -> torch.Tensor:
+    """`log_probs` with those of each token of `weights` times its weight; both (batch, length), labels unshifted."""
     import torch
 
-    return log_probs * torch.where(labels[:, 1:] == closing_id, weight, 1.0).to(log_probs)
+    for token, weight in weights.items():
+        log_probs = log_probs * torch.where(labels[:, 1:] == token, weight, 1.0).to(log_probs)
+    return log_probs

@@ -77,6 +77,7 @@ class HubTrainer(SafeTrainer):
                 method="LoRA" if adapted else "full fine-tuning",
                 datasets=[name for name in self.row_report.formats if name != "rows"],
                 steps=self.state.global_step,
+                control_tokens=getattr(self, "control_tokens", None),
             )
         private = self.args.hub_private_repo if private is None else private
         return push_checkpoint(

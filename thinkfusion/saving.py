@@ -52,7 +52,8 @@ ORDER_SETTINGS = (
 STEP_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "weight_decay"),
     *("max_grad_norm", "bf16", "fp16", "mode_weights", "normalise_by_mode", "balance_loss_coef"),
-    *("control_token_learning_rate", "control_token_weight", "router_bias_update_rate", "label_smoothing_factor"),
+    *("control_token_learning_rate", "control_token_weight", "end_of_turn_weight", "router_bias_update_rate"),
+    "label_smoothing_factor",
 )
 """Settings that may change at a resume; the log says so."""
 _DIGESTS = ("names and shapes of parameters", "content of rows")

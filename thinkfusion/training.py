@@ -28,7 +28,7 @@ from thinkfusion.control_tokens import (
     new_tokens,
     settle,
     start_as,
-    weigh_closing_token,
+    weigh_tokens,
 )
 from thinkfusion.conversations import Conversation
 from thinkfusion.hub_training import HubTrainer
@@ -83,12 +83,13 @@ class ThinkFusionTrainer(HubTrainer):
         template, added = _installed(tokenizer, model, args)
         self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in template.dialect.control_tokens]
         self._closing_id = tokenizer.convert_tokens_to_ids(template.scheme.closing_token)
+        self._end_id = tokenizer.convert_tokens_to_ids(template.dialect.answer_end)
         # Of sharded weights a process may hold a part, or nothing yet.
         whole = not (is_fsdp_enabled() or is_deepspeed_zero3_enabled())
         self._new_tokens = new_tokens(model, tokenizer, template.dialect.control_tokens, added, rows_are_whole=whole)
         if args.control_token_init == "end_of_turn":
             ids = tokenizer.convert_tokens_to_ids(list(self._new_tokens))
-            start_as(model, ids, tokenizer.convert_tokens_to_ids(template.dialect.answer_end))
+            start_as(model, ids, self._end_id)
         self.control_tokens: Treatment | None = None
         if peft_config is True:
             peft_config = lora_config(model, tokenizer, **args.kinds_that_train(lora=True))
@@ -238,8 +239,17 @@ class ThinkFusionTrainer(HubTrainer):
             learning_rate=args.learning_rate,
             own_rate=args.control_token_learning_rate,
             weight=args.control_token_weight if can_weigh else 1.0,
+            end_weight=args.end_of_turn_weight if can_weigh else 1.0,
             sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         )
+
+    @property
+    def _token_weights(self) -> dict[int, float]:
+        """The weight in the loss of each token that has one other than 1."""
+        if self.control_tokens is None:
+            return {}
+        weights = {self._closing_id: self.control_tokens.weight, self._end_id: self.control_tokens.end_weight}
+        return {token: weight for token, weight in weights.items() if weight != 1}
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step forward and backward, under the attention of rows."""
@@ -279,8 +289,7 @@ class ThinkFusionTrainer(HubTrainer):
     ) -> Any:
         """TRL's loss, the mean over trained tokens (or as `mode_weights` say), noting the share of each mode."""
         modes, nodes = inputs.pop("modes"), inputs.pop("nodes", None)
-        weight = 1.0 if self.control_tokens is None else self.control_tokens.weight
-        closing, labels = self._closing_id, inputs["labels"]
+        labels, weights = inputs["labels"], self._token_weights
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         balancer = self._balancer if self.model.training else None
         routes = self._routes if self.model.training else None
@@ -297,8 +306,8 @@ class ThinkFusionTrainer(HubTrainer):
                 self._check_attention(arguments["tree_layout"])
             if getattr(outputs, "log_probs", None) is not None:
                 seen.append((-outputs.log_probs.detach(), outputs.label_mask))
-                if weight != 1 and self.model.training:
-                    outputs.log_probs = weigh_closing_token(outputs.log_probs, labels, closing, weight)
+                if self.model.training:
+                    outputs.log_probs = weigh_tokens(outputs.log_probs, labels, weights)
                 if not self._weights.plain:
                     factors = self._factors(_counts_by_mode(modes, labels), num_items_in_batch)
                     outputs.log_probs = outputs.log_probs * factors[modes[:, 1:]].to(outputs.log_probs)

