@@ -82,8 +82,9 @@ class ThinkFusionTrainer(HubTrainer):
         model, tokenizer = checkpoint_to_train(model, processing_class, narrow=bool(args.bf16 and peft_config))
         template, added = _installed(tokenizer, model, args)
         self._control_ids = [tokenizer.convert_tokens_to_ids(token) for token in template.dialect.control_tokens]
-        self._closing_id = tokenizer.convert_tokens_to_ids(template.scheme.closing_token)
-        self._end_id = tokenizer.convert_tokens_to_ids(template.dialect.answer_end)
+        self._closing_id, self._end_id = tokenizer.convert_tokens_to_ids(
+            [template.scheme.closing_token, template.dialect.answer_end]
+        )
         # Of sharded weights a process may hold a part, or nothing yet.
         whole = not (is_fsdp_enabled() or is_deepspeed_zero3_enabled())
         self._new_tokens = new_tokens(model, tokenizer, template.dialect.control_tokens, added, rows_are_whole=whole)

@@ -11,9 +11,10 @@ The folder is given by the user (or is `../shared/data` beside the repository), 
 A problem is a row with a trace: its worked solution, without the calculator's marks, is the reasoning, and its last
 line the answer. In non-thinking mode every second problem, drawn by the seed, is answered by that line, and the others
 by the worked solution itself, as a model that does not think first would write it: the same text ends with the closing
-token in one mode and with the turn in the other, so that nothing but the mode tells which. Instructions are trained as is asked for: in neither mode, so that it
-is measured whether both hold where they were never trained; in non-thinking mode alone; or in both, with a trace made
-by a rule. What is drawn depends on the seed alone, and fewer rows are the first of more.
+token in one mode and with the turn in the other, so that nothing but the mode tells which. Instructions are trained as
+is asked for: in neither mode, so that it is measured whether both hold where they were never trained; in non-thinking
+mode alone; or in both, with a trace made by a rule. What is drawn depends on the seed alone, and fewer rows are the
+first of more.
 """
 
 import json
