@@ -395,7 +395,7 @@ def read_options() -> argparse.Namespace:
 
 
 def is_faster_in_bfloat16(device: str) -> bool:
-    """Whether a product of matrices is: a CPU without instructions for it takes nine times as long, one with them less."""
+    """Whether a product of matrices is; a CPU without instructions for it takes nine times as long."""
     import torch
 
     seconds = {}
