@@ -10,6 +10,7 @@ from peft import LoraConfig
 from thinkfusion import ThinkFusionConfig, ThinkFusionTrainer, install_chat_template, lora_config, prepare
 from thinkfusion.control_tokens import (
     CLOSING_WEIGHT,
+    END_SHARE,
     control_rows,
     multiply_updates,
     new_tokens,
@@ -172,16 +173,16 @@ GIVEN = {"closes": 0.5, "learning_rate": 1e-5, "own_rate": None, "weight": None}
 @pytest.mark.parametrize(
     ("new", "changes", "rate", "weight", "said"),
     [
-        ({"</think>": "it was added"}, {}, 2.5e-4, 5.0, "new to the model (</think>: it was added) get"),
-        ({"</think>": "it was added"}, {"learning_rate": 1e-3}, 1e-2, 5.0, "a learning rate of 0.01"),
-        ({"</think>": "it was added"}, {"learning_rate": 2e-2}, 2e-2, 5.0, "0.02"),
-        ({"</think>": "it was added"}, {"learning_rate": 0.0}, None, 5.0, "the learning rate of the rest"),
+        ({"</think>": "it was added"}, {}, 2.5e-4, 15.0, "new to the model (</think>: it was added) get"),
+        ({"</think>": "it was added"}, {"learning_rate": 1e-3}, 1e-2, 15.0, "a learning rate of 0.01"),
+        ({"</think>": "it was added"}, {"learning_rate": 2e-2}, 2e-2, 15.0, "0.02"),
+        ({"</think>": "it was added"}, {"learning_rate": 0.0}, None, 15.0, "the learning rate of the rest"),
         ({"</think>": "it was added"}, {"own_rate": 3e-5, "weight": 1.0}, 3e-5, 1.0, "the weight 1 in the loss"),
-        ({"</think>": "it was added"}, {"sharded": True}, None, 5.0, "Sharded weights"),
+        ({"</think>": "it was added"}, {"sharded": True}, None, 15.0, "Sharded weights"),
         ({"<|im_end|>": "it was added"}, {}, 2.5e-4, 1.0, "</think> the weight 1"),
         ({}, {}, None, 1.0, "knows all of them, they are trained as everything else"),
         ({}, {"closes": None}, None, 1.0, "knows all"),
-        ({}, {"closes": 2e-9}, 2.5e-4, 5.0, "</think>: after a whole trace its probability is 2e-09"),
+        ({}, {"closes": 2e-9}, 2.5e-4, 15.0, "</think>: after a whole trace its probability is 2e-09"),
         ({}, {"weight": 4.0}, None, 4.0, "knows all of them. As asked for, they get the learning rate of the rest"),
         ({}, {"weight": 4.0, "closed": False}, None, 4.0, "No row ends a trace with </think>: its weight does nothing"),
         ({}, {"own_rate": 1e-4}, 1e-4, 1.0, "As asked for, they get a learning rate of 0.0001"),
@@ -192,7 +193,7 @@ def test_what_is_done_follows_from_what_is_new_unless_it_is_given(new, changes, 
     assert found.learning_rate == pytest.approx(rate)
     assert found.weight == weight
     assert said in found.line
-    assert found.end_weight == (weight if "</think>" in found.new else 1.0)
+    assert found.end_weight == (10.0 if weight == CLOSING_WEIGHT else 1.0)
     assert ("the end of the turn" in found.line) == (found.end_weight != 1)
 
 
@@ -220,7 +221,7 @@ def test_a_base_without_the_tokens_is_treated_and_its_pupil_is_not(tmp_path, tin
     with caplog.at_level(logging.INFO, logger="thinkfusion.training"):
         first = train(tmp_path, model, base_tokenizer, rows=16, max_steps=30, learning_rate=3e-3)
     assert list(first.control_tokens.new) == ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    assert first.control_tokens[1:4] == (1e-2, CLOSING_WEIGHT, CLOSING_WEIGHT)
+    assert first.control_tokens[1:4] == (1e-2, CLOSING_WEIGHT, END_SHARE * CLOSING_WEIGHT)
     (record,) = [record for record in caplog.records if record.message.startswith("Control tokens")]
     assert record.levelno == logging.WARNING
     assert "(<|im_start|>, <|im_end|>, <think>, </think>: it was added)" in record.message

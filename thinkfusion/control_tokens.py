@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 RATE_FACTOR, HIGHEST_RATE = 25.0, 1e-2
 """The learning rate of new rows is so many times that of the rest, up to this one. Measured on a real language model
 (2e-4, so 5e-3) and on the embedded base (1.5e-3, so 1e-2): `examples/training.md`."""
-CLOSING_WEIGHT = 5.0
+CLOSING_WEIGHT, END_SHARE = 15.0, 2 / 3
+"""The weight of a new closing token in the loss, and the share of it that the end of the turn has. With 5 for both the
+end of a text depends on the mode a good deal later: `examples/real_language`."""
 INITS = ("mean", "end_of_turn")
 NEAR_MEAN, TWIN = 0.5, 0.995
 """A row nearer to the mean row than this share of the usual distance, or of a larger cosine than this with the row of
@@ -146,17 +148,20 @@ def settle(
     if rate is None and new and not sharded:
         rate = max(learning_rate, min(RATE_FACTOR * learning_rate, HIGHEST_RATE)) or None
     chosen = (CLOSING_WEIGHT if closing in new else 1.0) if weight is None else weight
-    ending = (chosen if closing in new and closed else 1.0) if end_weight is None else end_weight
+    asked = not own_rate is weight is end_weight is None
+    if end_weight is None:
+        # A weight of 1 or less is one that was given, to switch this off.
+        end_weight = max(1.0, END_SHARE * chosen) if closing in new and closed else 1.0
     reasons: dict[str, list[str]] = {}
     for token, why in new.items():
         reasons.setdefault(why, []).append(token)
     told = "; ".join(f"{', '.join(tokens)}: {why}" for why, tokens in reasons.items())
     does = "the learning rate of the rest" if rate is None else f"a learning rate of {rate:g} for their rows"
     does += f", and {closing} the weight {chosen:g} in the loss"
-    does += "" if ending == 1 else f", the end of the turn {ending:g}"
+    does += "" if end_weight == 1 else f", the end of the turn {end_weight:.3g}"
     if new:
         line = f"Control tokens that are new to the model ({told}) get {does}."
-    elif own_rate is None and weight is None and end_weight is None:
+    elif not asked:
         line = "Control tokens: the model knows all of them, they are trained as everything else."
     else:
         line = f"Control tokens: the model knows all of them. As asked for, they get {does}."
@@ -164,7 +169,7 @@ def settle(
         line += f" (No row ends a trace with {closing}: its weight does nothing.)"
     if sharded and new and own_rate is None:
         line += " (Sharded weights: no learning rate of their own.)"
-    return Treatment(new, rate, chosen, ending, line)
+    return Treatment(new, rate, chosen, end_weight, line)
 
 
 def control_rows(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, list[int]]]:
