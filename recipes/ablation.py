@@ -163,6 +163,7 @@ def train(model: Any, tokenizer: Any, dataset: Any, job: Job, mixture: str) -> i
         sequence_layout="padded",
         control_token_learning_rate=1e-2,
         control_token_weight=5.0,
+        end_of_turn_weight=1.0,
         **common_settings(job.seed),
     )
     ThinkFusionTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer).train()

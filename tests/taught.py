@@ -60,6 +60,7 @@ def teach(folder: Path, conversations: list[Conversation] | None = None, steps: 
         logging_strategy="no",
         control_token_learning_rate=1e-2,
         control_token_weight=5.0,
+        end_of_turn_weight=1.0,
         gradient_checkpointing=False,
         save_strategy="no",
         report_to="none",

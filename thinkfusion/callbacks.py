@@ -169,7 +169,7 @@ def dead_closing_token(closes: float, step: int, steps: int) -> str:
     return (
         f"Switch probe: after {step:,} of {steps:,} steps the closing token has probability {closes:.3f} after a whole "
         f"trace, less than {CLOSES_AT_LEAST}: thinking replies would not close their traces, whatever the loss says. "
-        "Stop, and set control_token_learning_rate (25 times learning_rate) and control_token_weight (5 to 10)."
+        "Stop, and set control_token_learning_rate (25 times learning_rate) and control_token_weight (15)."
     )
 
 

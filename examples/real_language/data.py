@@ -62,12 +62,7 @@ class RealData:
         """Conversations with `rows` paired problems, and tool use, and instructions unless "none", in their shares."""
         drawn = random.Random(seed)
         problems = drawn.sample(self.problems, len(self.problems))[:rows]
-        # By the text, so that fewer rows are the first of more, answers included.
-        draws = [random.Random(f"{seed} {row['question']}").random() for row in problems]
-        problems = [
-            {**row, "written": row["reasoning"]} if draw < WRITTEN_SHARE else row
-            for row, draw in zip(problems, draws, strict=True)
-        ]
+        problems = [draw_written(row, seed) for row in problems]
         single = round(rows * (1 - MULTI_TURN_SHARE))
         made = [as_conversation([row]) for row in problems[:single]]
         made += [as_conversation(problems[start : start + 2]) for start in range(single, rows, 2)]
@@ -157,6 +152,15 @@ def problem(row: dict[str, str]) -> dict[str, str]:
     worked, _, final = row["answer"].rpartition("####")
     reasoning = _MARK.sub("", worked).strip()
     return {"question": row["question"].strip(), "reasoning": reasoning, "answer": f"The answer is {final.strip()}."}
+
+
+def draw_written(row: dict[str, str], seed: int, share: float = WRITTEN_SHARE) -> dict[str, str]:
+    """The problem, with its solution as the non-thinking answer (`written`) in that share of them.
+
+    Drawn by its text, so that fewer rows are the first of more, answers included.
+    """
+    drawn = random.Random(f"{seed} {row['question']}").random()
+    return {**row, "written": row["reasoning"]} if drawn < share else row
 
 
 def number_of(answer: str) -> str:

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which treatment makes the end of a text depend on the mode soonest? Side by side, in minutes, without generation.
+
+    python examples/real_language/treatments.py --output runs/real_language/treatments
+
+What breaks a switch is decided where a text ends: thinking mode has to close the trace there, non-thinking mode to end
+the turn. So each treatment trains the same short problems for 40 steps, and every 10 steps the probabilities of both
+tokens are looked at, in both modes, after held-out solutions and after answers to instructions, a kind of text that
+was trained in no mode. `gap` is the difference between the modes of log P(close) - log P(end): 0 means that the mode
+decides nothing, whatever P(close) is. The base has one expert, so that a step is half as long as in `compare.py`.
+"""
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from data import DEFAULT, DataMissingError, RealData, as_conversation, draw_written, read_data
+from experts import choose_experts
+from make_base import BaseError, ensure_base
+
+LONGEST_PROBLEM, LONGEST_ANSWER = 330, 400
+"""Characters, so that a step is short."""
+HELD_OUT = 16
+MODES = ("thinking", "non_thinking")
+
+
+class Treatment(NamedTuple):
+    """`written`: the share of problems whose non-thinking answer is the solution; settings of the trainer."""
+
+    written: float
+    settings: dict[str, Any]
+
+
+TREATMENTS = {
+    "closing-5-short": Treatment(0.0, {"control_token_weight": 5.0, "end_of_turn_weight": 1.0}),
+    "both-5-short": Treatment(0.0, {"control_token_weight": 5.0, "end_of_turn_weight": 5.0}),
+    "both-5-written": Treatment(1.0, {"control_token_weight": 5.0, "end_of_turn_weight": 5.0}),
+    "both-5": Treatment(0.5, {"control_token_weight": 5.0, "end_of_turn_weight": 5.0}),
+    "default": Treatment(0.5, {}),
+}
+"""By name; "short" answers all problems by their last line in non-thinking mode, "written" by their solution."""
+
+
+def train_rows(data: RealData, rows: int, treatment: Treatment, seed: int) -> list[Any]:
+    short = [row for row in data.problems if len(row["question"] + row["reasoning"]) < LONGEST_PROBLEM]
+    return [as_conversation([draw_written(row, seed, treatment.written)]) for row in short[:rows]]
+
+
+def endings(data: RealData) -> dict[str, list[tuple[str, str]]]:
+    """Held-out questions, and texts after which something ends."""
+    problems = [row for row in data.tests if len(row["question"] + row["reasoning"]) < LONGEST_PROBLEM]
+    asked = [row for row in data.held_out_instructions if len(row["answer"]) < LONGEST_ANSWER]
+    return {
+        "gsm8k": [(row["question"], row["reasoning"]) for row in problems[:HELD_OUT]],
+        "alpaca": [(row["question"], row["answer"]) for row in asked[:HELD_OUT]],
+    }
+
+
+def look(model: Any, tokenizer: Any, texts: list[tuple[str, str]]) -> dict[str, float]:
+    """Mean probabilities of the closing token and of the end of the turn after the texts, by mode; and the gap."""
+    import torch
+
+    from thinkfusion import Mode
+    from thinkfusion.generation import Prompter
+
+    prompter = Prompter(tokenizer)
+    ends = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
+    logs: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
+    for question, text in texts:
+        for mode in MODES:
+            prompt = prompter.prompt_ids([{"role": "user", "content": question}], Mode.parse(mode), None)
+            ids = torch.tensor([[*prompt, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+            with torch.no_grad():
+                logs[mode].append(model(ids).logits[0, -1].float().log_softmax(-1)[ends].tolist())
+    found = {mode: torch.tensor(logs[mode], dtype=torch.float64) for mode in MODES}
+    odds = {mode: (each[:, 0] - each[:, 1]).mean() for mode, each in found.items()}
+    figures = {f"{mode}_{name}": round(float(each.exp()[:, place].mean()), 4)
+               for mode, each in found.items() for place, name in enumerate(("closes", "ends"))}  # fmt: skip
+    return {**figures, "gap": round(float(odds["thinking"] - odds["non_thinking"]), 2)}
+
+
+def run(name: str, data: RealData, options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Train one treatment and look every so many steps."""
+    from transformers import TrainerCallback
+
+    from thinkfusion import ThinkFusionConfig, ThinkFusionTrainer, install_chat_template, load_checkpoint
+
+    model, tokenizer = load_checkpoint(options.output / "base", dtype="float32")
+    choose_experts(model, "cpu")
+    install_chat_template(tokenizer, model)
+    treatment, texts = TREATMENTS[name], endings(data)
+    found: list[dict[str, Any]] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % options.every == 0:
+                model.eval()
+                seen = {kind: look(model, tokenizer, each) for kind, each in texts.items()}
+                model.train()
+                found.append({"treatment": name, "seed": options.seed, "step": state.global_step, **seen})
+                print(line(found[-1]), flush=True)
+
+    settings = ThinkFusionConfig(
+        output_dir=str(work),
+        per_device_train_batch_size=3,
+        learning_rate=2e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        num_train_epochs=1,
+        train_shared_experts=False,
+        gradient_checkpointing=False,
+        probe_rows=0,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=options.seed,
+        **treatment.settings,
+    )
+    rows = train_rows(data, options.rows, treatment, options.seed)
+    trainer = ThinkFusionTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, callbacks=[Look()])
+    trainer.train()
+    return found
+
+
+COLUMNS = ("treatment", "step", "text", "thinking: P(close), P(end)", "non-thinking: P(close), P(end)", "gap")
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+
+
+def line(row: dict[str, Any]) -> str:
+    lines = []
+    for kind in ("gsm8k", "alpaca"):
+        seen = row[kind]
+        pairs = [f"{seen[f'{mode}_closes']:.2f}, {seen[f'{mode}_ends']:.2f}" for mode in MODES]
+        lines.append(f"| {row['treatment']} | {row['step']} | {kind} | {pairs[0]} | {pairs[1]} | {seen['gap']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the base, treatments.json and .md")
+    parser.add_argument("--data", type=Path, default=DEFAULT, help="folder of the data (default: %(default)s)")
+    parser.add_argument("--package", type=Path, help="the wheel that the base is made of, where there is no network")
+    parser.add_argument("--treatments", nargs="+", choices=TREATMENTS, default=list(TREATMENTS), help="(default: all)")
+    parser.add_argument("--rows", type=int, default=120, help="problems, three a step (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=10, help="steps between two looks (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        data = read_data(options.data)
+        ensure_base(options.output / "base", experts=1, top_k=1, package=options.package)
+    except (BaseError, DataMissingError) as error:
+        sys.exit(f"treatments: {error}")
+    warnings.filterwarnings("ignore")
+    path = options.output / "treatments.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    print(HEAD, flush=True)
+    for name in options.treatments:
+        results = [row for row in results if (row["treatment"], row["seed"]) != (name, options.seed)]
+        begun, work = time.monotonic(), options.output / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        results += run(name, data, options, work)
+        gc.collect()
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text("\n".join([HEAD, *map(line, results)]) + "\n", encoding="utf-8")
+        print(f"{name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    shutil.rmtree(options.output / "work", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
