@@ -194,7 +194,35 @@ def test_what_is_done_follows_from_what_is_new_unless_it_is_given(new, changes, 
     assert found.weight == weight
     assert said in found.line
     assert found.end_weight == (10.0 if weight == CLOSING_WEIGHT else 1.0)
+    # What is chosen falls to 1, what is given stays.
+    assert (found.last_weight, found.last_end_weight) == (1.0 if weight == CLOSING_WEIGHT else weight, 1.0)
+    assert ("falling to 1" in found.line) == (weight == CLOSING_WEIGHT)
     assert ("the end of the turn" in found.line) == (found.end_weight != 1)
+
+
+def test_weights_fall_in_the_first_three_quarters():
+    found = settle({"</think>": "it was added"}, "</think>", **GIVEN)
+    assert found.weights_at(0.0) == (15.0, pytest.approx(10.0))
+    assert found.weights_at(0.375) == (pytest.approx(8.0), pytest.approx(5.5))
+    assert found.weights_at(0.75) == found.weights_at(1.0) == (1.0, 1.0)
+    given = settle({"</think>": "it was added"}, "</think>", **{**GIVEN, "weight": 6.0})
+    assert given.weights_at(0.0) == given.weights_at(1.0) == (6.0, 4.0)
+
+
+def test_the_weights_of_a_step_are_those_of_the_steps_that_are_done(tmp_path, tiny_models, base_tokenizer, monkeypatch):
+    seen = []
+
+    def noted(log_probs, labels, weights):
+        seen.append(weights)
+        return weigh_tokens(log_probs, labels, weights)
+
+    monkeypatch.setattr("thinkfusion.training.weigh_tokens", noted)
+    train(tmp_path, tiny_models(), base_tokenizer, rows=16, max_steps=4, gradient_accumulation_steps=2)
+    closing, end = base_tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
+    assert [weights.get(closing, 1.0) for weights in seen] == pytest.approx(
+        [15, 15, 15 - 14 / 3, 15 - 14 / 3, 15 - 28 / 3, 15 - 28 / 3, 1, 1]
+    )
+    assert [weights.get(end, 1.0) for weights in seen] == pytest.approx([10, 10, 7, 7, 4, 4, 1, 1])
 
 
 def test_the_end_of_the_turn_has_the_weight_that_is_given():

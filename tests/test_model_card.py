@@ -103,14 +103,18 @@ def test_the_recipe_without_places_and_secrets(folder, tmp_path):
 
 def test_the_recipe_has_what_was_done_for_control_tokens_not_what_was_left_open(folder, tmp_path):
     given = {"base_model": "owner/base", "method": "LoRA"}
-    done = Treatment({"</think>": "it was added"}, 5e-3, 5.0, 4.0, "…")
+    done = Treatment({"</think>": "it was added"}, 5e-3, 15.0, 10.0, 1.0, 1.0, "…")
     record = json.loads(save_recipe(folder, config(tmp_path), control_tokens=done, **given).read_text())
-    assert record["new_control_tokens"] == ["</think>"]
-    names = ("control_token_init", "control_token_learning_rate", "control_token_weight", "end_of_turn_weight")
-    assert [record["settings"][name] for name in names] == ["mean", 5e-3, 5.0, 4.0]
-    assert "| `control_token_weight` | 5.0 |" in make_card(folder, "me/model").text
-    record = json.loads(save_recipe(folder, config(tmp_path), **given).read_text())
-    assert not set(names[1:]) & set(record["settings"])
+    assert record["control_tokens"] == {
+        "new": ["</think>"],
+        "learning_rate": 5e-3,
+        "weight_from_to": [15.0, 1.0],
+        "end_of_turn_weight_from_to": [10.0, 1.0],
+    }
+    assert record["settings"]["control_token_init"] == "mean"
+    # A number among the settings would stay, where this one fell.
+    assert "control_token_weight" not in record["settings"]
+    assert json.loads(save_recipe(folder, config(tmp_path), **given).read_text())["control_tokens"] is None
 
 
 def test_a_local_base_is_named_by_its_last_part_and_not_in_the_metadata(folder, tmp_path):

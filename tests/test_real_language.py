@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The example on real language: its base, its data, its table; what needs the package or the data skips without."""
 
+import argparse
 import importlib.util
 import json
 import logging
@@ -17,7 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from thinkfusion import Mode
+from thinkfusion import Mode, install_chat_template
+from thinkfusion.checkpointing import tiny_base_path
 
 FOLDER = Path(__file__).parent.parent / "examples" / "real_language"
 sys.path.insert(0, str(FOLDER))
@@ -27,6 +29,7 @@ import comparison_page  # noqa: E402
 import data  # noqa: E402
 import experts  # noqa: E402
 import make_base  # noqa: E402
+import treatments  # noqa: E402
 
 
 def text(value: str) -> bytes:
@@ -375,3 +378,44 @@ def test_a_point_stops_in_time_and_goes_on(folder, quiet):
     assert compare.run(job_of("default", folder))
     (row,) = compare.finished([late])
     assert row["steps"] == 2
+
+
+# Treatments -----------------------------------------------------------------------------------------------------------
+
+
+def test_of_each_share_so_many_problems_are_answered_by_their_solution(folder):
+    problems = data.read_data(folder).problems
+    shares = [sum("written" in data.draw_written(row, 0, share) for row in problems) for share in (0.0, 0.5, 1.0)]
+    assert shares[0] == 0
+    assert 15 < shares[1] < 45
+    assert shares[2] == len(problems) == 60
+
+
+def test_a_treatment_is_looked_at_in_both_modes(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "base").symlink_to(tiny_base_path())
+    options = argparse.Namespace(output=output, rows=6, every=1, seed=0)
+    first, second = treatments.run("default", data.read_data(folder), options, tmp_path / "work")
+    assert (first["treatment"], first["step"], second["step"]) == ("default", 1, 2)
+    for kind in ("gsm8k", "alpaca"):
+        shares = [value for name, value in second[kind].items() if name != "gap"]
+        assert len(shares) == 4
+        assert all(0 <= share <= 1 for share in shares)
+        assert second[kind]["gap"] != first[kind]["gap"]  # it trains, and what is seen is the model of that step
+    assert treatments.line(second) in capsys.readouterr().out
+
+
+def test_the_gap_is_how_much_the_mode_decides(tiny_models, base_tokenizer):
+    """Of a model that writes the same whatever it reads there is none."""
+    model = tiny_models()
+    install_chat_template(base_tokenizer, model)
+    texts = [("1 + 1?", "It is 2."), ("2 + 2?", "It is 4.")]
+    assert treatments.look(model, base_tokenizer, texts)["gap"] != 0
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    found = treatments.look(model, base_tokenizer, texts)
+    assert found["gap"] == 0
+    assert (
+        found["thinking_closes"] == found["non_thinking_ends"] == pytest.approx(1 / len(model.lm_head.weight), abs=1e-4)
+    )

@@ -259,18 +259,19 @@ def save_recipe(
     settings: a ThinkFusionConfig, of which what decides the result is kept, and no path, address or secret.
     base_model, datasets: paths or Hub ids; of a path the last part is kept. method: in words, "full fine-tuning".
     revision: the base's commit. steps: optimizer steps that were made. control_tokens: what was done for new control
-    tokens, as a trainer's `control_tokens` has it, in place of settings that left it to the trainer.
+    tokens, as a trainer's `control_tokens` has it; the settings may leave it to the trainer.
     """
     from thinkfusion.saving import ORDER_SETTINGS, STEP_SETTINGS, plain
 
     kept = (*STEP_SETTINGS, *ORDER_SETTINGS, *_MORE_SETTINGS)
     base = None if base_model is None else Origin.of(base_model, revision)
     data = [Origin.of(name) for name in datasets]
-    chosen = {name: getattr(settings, name, None) for name in kept}
-    if control_tokens is not None:
-        chosen["control_token_learning_rate"] = control_tokens.learning_rate
-        chosen["control_token_weight"] = control_tokens.weight
-        chosen["end_of_turn_weight"] = control_tokens.end_weight
+    treated = control_tokens and {
+        "new": list(control_tokens.new),
+        "learning_rate": control_tokens.learning_rate,
+        "weight_from_to": [control_tokens.weight, control_tokens.last_weight],
+        "end_of_turn_weight_from_to": [control_tokens.end_weight, control_tokens.last_end_weight],
+    }
     record = {
         "recipe": 1,
         "base_model": base and base.name,
@@ -279,8 +280,10 @@ def save_recipe(
         "method": method,
         "datasets": [{"name": each.name, "on_hub": each.on_hub} for each in data],
         "steps": steps,
-        "settings": {name: plain(value) for name, value in chosen.items() if value is not None},
-        "new_control_tokens": [] if control_tokens is None else list(control_tokens.new),
+        "settings": {
+            name: plain(getattr(settings, name)) for name in kept if getattr(settings, name, None) is not None
+        },
+        "control_tokens": treated,
         "versions": {name: version(name) for name in ("thinkfusion", "transformers", "trl", "peft", "torch")},
     }
     path = Path(directory) / RECIPE

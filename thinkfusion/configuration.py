@@ -159,13 +159,14 @@ class ThinkFusionConfig(TrainedParts, SFTConfig):
     control_token_weight: float | None = field(
         default=None, metadata={"help": "Weight in the loss of the </think> that ends a trace; by default 15 if new."}
     )
-    """The weight in the loss of the `</think>` that ends a trace. None: 15 where that token is new to the model, else
-    1. The loss stays divided by the number of tokens, so that rows, batches and processes change nothing."""
+    """The weight in the loss of the `</think>` that ends a trace. None: 15 where that token is new to the model, which
+    falls to 1 in the first three quarters of the steps, else 1; a number stays. The loss stays divided by the number
+    of tokens, so that rows, batches and processes change nothing."""
     end_of_turn_weight: float | None = field(
         default=None, metadata={"help": "Weight in the loss of an answer's end; by default 2/3 of a new </think>'s."}
     )
     """The weight in the loss of the token that ends an answer, which is what non-thinking mode writes where thinking
-    mode writes `</think>`. None: two thirds of that of `</think>` where it is new to the model, else 1."""
+    mode writes `</think>`. None: two thirds of that of a new `</think>`, at least 1, falling as it does; else 1."""
     probe_rows: int = field(
         default=8, metadata={"help": "Rows of each mode for the switch probe while training; 0: none."}
     )

@@ -4,7 +4,8 @@
 A token that was just added starts nowhere, and `</think>` is one label in a hundred: at the learning rate of the rest
 its row hardly moves, the loss looks healthy all along, and the model ends its traces without closing them. A weight for
 `</think>` alone makes it likely at the end of every text, in both modes: the end of the turn, which is what the other
-mode writes there, gets the same weight, so that the mode is what is learned.
+mode writes there, gets a weight too, so that the mode is what is learned. Both fall to 1 while the model trains, since
+a token that weighs more is written too often: traces would end early.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 RATE_FACTOR, HIGHEST_RATE = 25.0, 1e-2
 """The learning rate of new rows is so many times that of the rest, up to this one. Measured on a real language model
 (2e-4, so 5e-3) and on the embedded base (1.5e-3, so 1e-2): `examples/training.md`."""
-CLOSING_WEIGHT, END_SHARE = 15.0, 2 / 3
-"""The weight of a new closing token in the loss, and the share of it that the end of the turn has. With 5 for both the
-end of a text depends on the mode a good deal later: `examples/real_language`."""
+CLOSING_WEIGHT, END_SHARE, FALLS_UNTIL = 15.0, 2 / 3, 0.75
+"""The weight of a new closing token in the loss, the share of it that the end of the turn has, and the share of the
+steps in which both fall to 1. With 5 for both the end of a text depends on the mode a good deal later; with 15 to the
+end traces were a third shorter than those they were taught by: `examples/real_language`."""
 INITS = ("mean", "end_of_turn")
 NEAR_MEAN, TWIN = 0.5, 0.995
 """A row nearer to the mean row than this share of the usual distance, or of a larger cosine than this with the row of
@@ -35,15 +37,25 @@ class Treatment(NamedTuple):
     """What a training does for its control tokens.
 
     new: the tokens that are new to the model, each with what tells so. learning_rate: that of their rows, None where
-    it is that of the rest. weight, end_weight: those of the closing token and of the end-of-turn token in the loss.
-    line: all of it, for the log.
+    it is that of the rest. weight, end_weight: those of the closing token and of the end-of-turn token in the loss, at
+    the first step; last_weight, last_end_weight: from `FALLS_UNTIL` of the steps on. line: all of it, for the log.
     """
 
     new: dict[str, str]
     learning_rate: float | None
     weight: float
     end_weight: float
+    last_weight: float
+    last_end_weight: float
     line: str
+
+    def weights_at(self, progress: float) -> tuple[float, float]:
+        """Those of the closing token and of the end of the turn when `progress` (0 to 1) of the steps are done."""
+        fallen = min(1.0, progress / FALLS_UNTIL)
+        return (
+            self.weight + fallen * (self.last_weight - self.weight),
+            self.end_weight + fallen * (self.last_end_weight - self.end_weight),
+        )
 
 
 def why_untrained(model: PreTrainedModel, token: int) -> str | None:
@@ -149,9 +161,13 @@ def settle(
         rate = max(learning_rate, min(RATE_FACTOR * learning_rate, HIGHEST_RATE)) or None
     chosen = (CLOSING_WEIGHT if closing in new else 1.0) if weight is None else weight
     asked = not own_rate is weight is end_weight is None
-    if end_weight is None:
+    last = 1.0 if weight is None else weight
+    if end_weight is not None:
+        last_end = end_weight
+    else:
         # A weight of 1 or less is one that was given, to switch this off.
         end_weight = max(1.0, END_SHARE * chosen) if closing in new and closed else 1.0
+        last_end = 1.0 if weight is None else end_weight
     reasons: dict[str, list[str]] = {}
     for token, why in new.items():
         reasons.setdefault(why, []).append(token)
@@ -159,6 +175,7 @@ def settle(
     does = "the learning rate of the rest" if rate is None else f"a learning rate of {rate:g} for their rows"
     does += f", and {closing} the weight {chosen:g} in the loss"
     does += "" if end_weight == 1 else f", the end of the turn {end_weight:.3g}"
+    does += ", falling to 1" if last != chosen else ""
     if new:
         line = f"Control tokens that are new to the model ({told}) get {does}."
     elif not asked:
@@ -169,7 +186,7 @@ def settle(
         line += f" (No row ends a trace with {closing}: its weight does nothing.)"
     if sharded and new and own_rate is None:
         line += " (Sharded weights: no learning rate of their own.)"
-    return Treatment(new, rate, chosen, end_weight, line)
+    return Treatment(new, rate, chosen, end_weight, last, last_end, line)
 
 
 def control_rows(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, list[int]]]:

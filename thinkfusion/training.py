@@ -246,11 +246,12 @@ class ThinkFusionTrainer(HubTrainer):
 
     @property
     def _token_weights(self) -> dict[int, float]:
-        """The weight in the loss of each token that has one other than 1."""
+        """The weight in the loss of each token that has one other than 1, at this step."""
         if self.control_tokens is None:
             return {}
-        weights = {self._closing_id: self.control_tokens.weight, self._end_id: self.control_tokens.end_weight}
-        return {token: weight for token, weight in weights.items() if weight != 1}
+        weights = self.control_tokens.weights_at(self.state.global_step / max(1, self.state.max_steps))
+        given = zip((self._closing_id, self._end_id), weights, strict=True)
+        return {token: weight for token, weight in given if weight != 1}
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A step forward and backward, under the attention of rows."""
