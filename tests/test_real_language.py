@@ -400,16 +400,18 @@ def test_a_treatment_is_looked_at_in_both_modes(folder, tmp_path, capsys):
     assert (first["treatment"], first["step"], second["step"]) == ("default", 1, 2)
     for kind in ("gsm8k", "alpaca"):
         shares = [value for name, value in second[kind].items() if name != "gap"]
-        assert len(shares) == 4
+        assert len(shares) == 5
         assert all(0 <= share <= 1 for share in shares)
-        assert second[kind]["gap"] != first[kind]["gap"]  # it trains, and what is seen is the model of that step
+        assert second[kind] != first[kind]  # it trains, and what is seen is the model of that step
     assert treatments.line(second) in capsys.readouterr().out
 
 
 def test_the_gap_is_how_much_the_mode_decides(tiny_models, base_tokenizer):
     """Of a model that writes the same whatever it reads there is none."""
     model = tiny_models()
-    install_chat_template(base_tokenizer, model)
+    added = install_chat_template(base_tokenizer, model)
+    with torch.no_grad():  # new rows are all alike, so that the mode would not be seen
+        model.get_input_embeddings().weight[added] = torch.randn(len(added), model.config.hidden_size)
     texts = [("1 + 1?", "It is 2."), ("2 + 2?", "It is 4.")]
     assert treatments.look(model, base_tokenizer, texts)["gap"] != 0
     with torch.no_grad():

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from thinkfusion.chat_templates import template_marks
 from thinkfusion.checkpointing import TINY_BASE
@@ -23,9 +23,6 @@ from thinkfusion.digests import weight_files, weights_digest
 from thinkfusion.modes import Mode
 from thinkfusion.reporting import REPORT_NAME
 from thinkfusion.row_report import RowReport
-
-if TYPE_CHECKING:
-    from thinkfusion.control_tokens import Treatment
 
 RECIPE = "recipe.json"
 ROWS = "row_report.json"
@@ -252,7 +249,7 @@ def save_recipe(
     revision: str | None = None,
     datasets: Sequence[str] = (),
     steps: int | None = None,
-    control_tokens: Treatment | None = None,
+    control_tokens: Any = None,
 ) -> Path:
     """Write `recipe.json`, what a model card says of the training; returns its path.
 

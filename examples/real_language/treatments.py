@@ -47,9 +47,11 @@ TREATMENTS = {
     "both-5-short": Treatment(0.0, {"control_token_weight": 5.0, "end_of_turn_weight": 5.0}),
     "both-5-written": Treatment(1.0, {"control_token_weight": 5.0, "end_of_turn_weight": 5.0}),
     "both-5": Treatment(0.5, {"control_token_weight": 5.0, "end_of_turn_weight": 5.0}),
+    "stays": Treatment(0.5, {"control_token_weight": 15.0, "end_of_turn_weight": 10.0}),
     "default": Treatment(0.5, {}),
 }
-"""By name; "short" answers all problems by their last line in non-thinking mode, "written" by their solution."""
+"""By name; "short" answers all problems by their last line in non-thinking mode, "written" by their solution. Weights
+that are given stay, those of the default fall to 1."""
 
 
 def train_rows(data: RealData, rows: int, treatment: Treatment, seed: int) -> list[Any]:
@@ -68,7 +70,8 @@ def endings(data: RealData) -> dict[str, list[tuple[str, str]]]:
 
 
 def look(model: Any, tokenizer: Any, texts: list[tuple[str, str]]) -> dict[str, float]:
-    """Mean probabilities of the closing token and of the end of the turn after the texts, by mode; and the gap."""
+    """Mean probabilities of the closing token and of the end of the turn after the texts, by mode; that of the closing
+    token inside of them, in thinking mode; and the gap."""
     import torch
 
     from thinkfusion import Mode
@@ -77,17 +80,25 @@ def look(model: Any, tokenizer: Any, texts: list[tuple[str, str]]) -> dict[str, 
     prompter = Prompter(tokenizer)
     ends = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
     logs: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
+    inside = []
     for question, text in texts:
+        written = tokenizer(text, add_special_tokens=False)["input_ids"]
         for mode in MODES:
             prompt = prompter.prompt_ids([{"role": "user", "content": question}], Mode.parse(mode), None)
-            ids = torch.tensor([[*prompt, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
             with torch.no_grad():
-                logs[mode].append(model(ids).logits[0, -1].float().log_softmax(-1)[ends].tolist())
+                scores = model(torch.tensor([[*prompt, *written]])).logits[0, len(prompt) - 1 :].float().log_softmax(-1)
+            logs[mode].append(scores[-1, ends].tolist())
+            if mode == "thinking":
+                inside.append(float(scores[:-1, ends[0]].exp().mean()))
     found = {mode: torch.tensor(logs[mode], dtype=torch.float64) for mode in MODES}
     odds = {mode: (each[:, 0] - each[:, 1]).mean() for mode, each in found.items()}
-    figures = {f"{mode}_{name}": round(float(each.exp()[:, place].mean()), 4)
-               for mode, each in found.items() for place, name in enumerate(("closes", "ends"))}  # fmt: skip
-    return {**figures, "gap": round(float(odds["thinking"] - odds["non_thinking"]), 2)}
+    figures = {
+        f"{mode}_{name}": round(float(each.exp()[:, place].mean()), 6)
+        for mode, each in found.items()
+        for place, name in enumerate(("closes", "ends"))
+    }
+    figures["thinking_closes_inside"] = round(sum(inside) / len(inside), 6)
+    return {**figures, "gap": round(float(odds["thinking"] - odds["non_thinking"]), 4)}
 
 
 def run(name: str, data: RealData, options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
@@ -135,7 +146,7 @@ def run(name: str, data: RealData, options: argparse.Namespace, work: Path) -> l
     return found
 
 
-COLUMNS = ("treatment", "step", "text", "thinking: P(close), P(end)", "non-thinking: P(close), P(end)", "gap")
+COLUMNS = ("treatment", "step", "text", "thinking: P(close), P(end)", "non-thinking: P(close), P(end)", "gap", "inside")
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
@@ -144,7 +155,15 @@ def line(row: dict[str, Any]) -> str:
     for kind in ("gsm8k", "alpaca"):
         seen = row[kind]
         pairs = [f"{seen[f'{mode}_closes']:.2f}, {seen[f'{mode}_ends']:.2f}" for mode in MODES]
-        lines.append(f"| {row['treatment']} | {row['step']} | {kind} | {pairs[0]} | {pairs[1]} | {seen['gap']:.2f} |")
+        parts = (
+            row["treatment"],
+            row["step"],
+            kind,
+            *pairs,
+            f"{seen['gap']:.2f}",
+            f"{seen['thinking_closes_inside']:.4f}",
+        )
+        lines.append(f"| {' | '.join(map(str, parts))} |")
     return "\n".join(lines)
 
 
