@@ -231,6 +231,9 @@ def test_the_end_of_the_turn_has_the_weight_that_is_given():
     assert "As asked for, they get" in known.line
     assert "</think> the weight 1 in the loss, the end of the turn 3." in known.line
     assert settle({"</think>": "it was added"}, "</think>", **GIVEN, end_weight=1.0).end_weight == 1.0
+    stays = settle({"</think>": "it was added"}, "</think>", **GIVEN, end_weight=4.0)
+    assert (stays.weights_at(0.0), stays.weights_at(1.0)) == ((15.0, 4.0), (1.0, 4.0))
+    assert stays.line.endswith("the weight 15 in the loss, falling to 1, the end of the turn 4.")
     # Where no trace is trained there is no choice to be balanced.
     assert settle({"</think>": "it was added"}, "</think>", **GIVEN, closed=False).end_weight == 1.0
 

@@ -160,25 +160,21 @@ def settle(
     if rate is None and new and not sharded:
         rate = max(learning_rate, min(RATE_FACTOR * learning_rate, HIGHEST_RATE)) or None
     chosen = (CLOSING_WEIGHT if closing in new else 1.0) if weight is None else weight
-    asked = not own_rate is weight is end_weight is None
-    last = 1.0 if weight is None else weight
-    if end_weight is not None:
-        last_end = end_weight
-    else:
-        # A weight of 1 or less is one that was given, to switch this off.
-        end_weight = max(1.0, END_SHARE * chosen) if closing in new and closed else 1.0
-        last_end = 1.0 if weight is None else end_weight
+    # Where the weight of the closing token was given as 1 or less, this was to be switched off.
+    balanced = max(1.0, END_SHARE * chosen) if closing in new and closed else 1.0
+    ending = balanced if end_weight is None else end_weight
+    falls, end_falls = weight is None and chosen != 1, weight is end_weight is None and balanced != 1
     reasons: dict[str, list[str]] = {}
     for token, why in new.items():
         reasons.setdefault(why, []).append(token)
     told = "; ".join(f"{', '.join(tokens)}: {why}" for why, tokens in reasons.items())
     does = "the learning rate of the rest" if rate is None else f"a learning rate of {rate:g} for their rows"
-    does += f", and {closing} the weight {chosen:g} in the loss"
-    does += "" if end_weight == 1 else f", the end of the turn {end_weight:.3g}"
-    does += ", falling to 1" if last != chosen else ""
+    does += f", and {closing} the weight {chosen:g} in the loss{', falling to 1' if falls else ''}"
+    if ending != 1:
+        does += f", the end of the turn {ending:.3g}{', falling too' if end_falls else ''}"
     if new:
         line = f"Control tokens that are new to the model ({told}) get {does}."
-    elif not asked:
+    elif own_rate is None and weight is None and end_weight is None:
         line = "Control tokens: the model knows all of them, they are trained as everything else."
     else:
         line = f"Control tokens: the model knows all of them. As asked for, they get {does}."
@@ -186,7 +182,7 @@ def settle(
         line += f" (No row ends a trace with {closing}: its weight does nothing.)"
     if sharded and new and own_rate is None:
         line += " (Sharded weights: no learning rate of their own.)"
-    return Treatment(new, rate, chosen, end_weight, last, last_end, line)
+    return Treatment(new, rate, chosen, ending, 1.0 if falls else chosen, 1.0 if end_falls else ending, line)
 
 
 def control_rows(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, list[int]]]:

@@ -25,14 +25,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from compare import FROZEN, MODES, Job, common_settings
 from data import DEFAULT, DataMissingError, RealData, as_conversation, draw_written, read_data
 from experts import choose_experts
 from make_base import BaseError, ensure_base
 
 LONGEST_PROBLEM, LONGEST_ANSWER = 330, 400
 """Characters, so that a step is short."""
-HELD_OUT = 16
-MODES = ("thinking", "non_thinking")
+HELD_OUT, ROWS_OF_A_STEP = 16, 3
 
 
 class Treatment(NamedTuple):
@@ -122,24 +122,9 @@ def run(name: str, data: RealData, options: argparse.Namespace, work: Path) -> l
                 found.append({"treatment": name, "seed": options.seed, "step": state.global_step, **seen})
                 print(line(found[-1]), flush=True)
 
-    settings = ThinkFusionConfig(
-        output_dir=str(work),
-        per_device_train_batch_size=3,
-        learning_rate=2e-4,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        num_train_epochs=1,
-        train_shared_experts=False,
-        gradient_checkpointing=False,
-        probe_rows=0,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=options.seed,
-        **treatment.settings,
-    )
+    job = Job("default", options.seed, options.rows, {"bf16": False, "device": "cpu"}, str(work), deadline=0.0)
+    own = {"logging_strategy": "no", "probe_rows": 0, "per_device_train_batch_size": ROWS_OF_A_STEP}
+    settings = ThinkFusionConfig(**common_settings(job) | own, **FROZEN, **treatment.settings)
     rows = train_rows(data, options.rows, treatment, options.seed)
     trainer = ThinkFusionTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, callbacks=[Look()])
     trainer.train()
