@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,10 +162,12 @@ def trl_trainer(job: Job, model: Any, tokenizer: Any, rows: list[Any]) -> Any:
                     "chat_template_kwargs": {"enable_thinking": mode is Mode.THINKING},
                 }
             )
+    # Padding costs a CPU more than a GPU; the loss of a step is the same.
+    at_once = 1 if job.setting["device"] == "cpu" else ROWS_OF_A_STEP
     settings = SFTConfig(
         **common_settings(job),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=ROWS_OF_A_STEP,
+        per_device_train_batch_size=2 * at_once,
+        gradient_accumulation_steps=ROWS_OF_A_STEP // at_once,
         max_length=LONGEST,
         assistant_only_loss=True,
         router_aux_loss_coef=0.0,
@@ -308,6 +310,12 @@ def flip_figures(replier: Any, data: RealData, count: int) -> dict[str, Any]:
     return figures(summarise(prompts, replies, {}))
 
 
+def device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 NAMES = ("format_error", "classes", "truncated", "accuracy", "reasoning_tokens")
 
 
@@ -342,6 +350,7 @@ def run(job: Job) -> bool:
         "seed": job.seed,
         "rows": job.rows,
         "instructions": job.setting["instructions"],
+        "device": device_name(job.setting["device"]),
         **trained,
         "reference_reasoning_tokens": reference,
         "probe": probe,
@@ -389,6 +398,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--keep_models", action="store_true", help="keep each checkpoint, in OUTPUT/models (1.5 GB)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: cores)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    told = "points at a time, each with its own memory (default: %(default)s)"
+    parser.add_argument("--at_once", type=int, default=1, help=told)
     told = "compute in bfloat16 (default: where a product of matrices is faster so)"
     parser.add_argument("--bf16", default=None, action=argparse.BooleanOptionalAction, help=told)
     return parser.parse_args()
@@ -430,20 +441,28 @@ def finished(jobs: list[Job]) -> list[dict[str, Any]]:
     return [json.loads(job.result.read_text(encoding="utf-8")) for job in jobs if job.result.is_file()]
 
 
-def work_off(jobs: list[Job], said: Callable[[str], None]) -> bool:
-    """Run what is not finished, each in a process of its own, whose memory goes with it; whether all was done."""
-    context = multiprocessing.get_context("spawn")
-    for job in jobs:
-        if job.result.is_file():
-            continue
-        begun = time.monotonic()
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            if not pool.submit(run, job).result():
-                return False
-        (row,) = finished([job])
-        errors = {mode: row["sets"]["gsm8k"][mode]["format_error"] for mode in MODES}
-        told = ", ".join(f"{mode} {'-' if error is None else f'{100 * error:.1f} %'}" for mode, error in errors.items())
-        said(f"{job.name}: format error on GSM8K {told}; {time.monotonic() - begun:.0f} s")
+def in_a_process(job: Job) -> bool:
+    """Run a point in a process of its own, whose memory goes with it; whether the time sufficed."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, job).result()
+
+
+def work_off(jobs: list[Job], at_once: int, said: Callable[[str], None]) -> bool:
+    """Run what is not finished, so many at once; whether all was done."""
+    begun = time.monotonic()
+    with ThreadPoolExecutor(at_once) as pool:
+        running = {pool.submit(in_a_process, job): job for job in jobs if not job.result.is_file()}
+        try:
+            for future in as_completed(running):
+                if not future.result():
+                    return False
+                (row,) = finished([running[future]])
+                errors = {mode: row["sets"]["gsm8k"][mode]["format_error"] for mode in MODES}
+                parts = [f"{mode} {'-' if error is None else f'{100 * error:.1f} %'}" for mode, error in errors.items()]
+                passed = time.monotonic() - begun
+                said(f"{running[future].name}: format error on GSM8K {', '.join(parts)}; after {passed:.0f} s")
+        finally:
+            pool.shutdown(cancel_futures=True)
     return True
 
 
@@ -479,7 +498,7 @@ def main() -> None:
         save(finished(jobs), options.output)
 
     try:
-        done = work_off(jobs, said)
+        done = work_off(jobs, options.at_once, said)
     except BrokenProcessPool:
         sys.exit(
             f"compare: the process of a point was killed, most likely for want of memory (about {MEMORY_GB} GB are "
