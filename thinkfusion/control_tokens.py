@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RATE_FACTOR, HIGHEST_RATE = 25.0, 1e-2
 """The learning rate of new rows is so many times that of the rest, up to this one. Measured on a real language model
 (2e-4, so 5e-3) and on the embedded base (1.5e-3, so 1e-2): `examples/training.md`."""
-CLOSING_WEIGHT, END_SHARE, FALLS_UNTIL = 15.0, 2 / 3, 0.75
+CLOSING_WEIGHT, LAST_WEIGHT, END_SHARE, FALLS_UNTIL = 15.0, 2.0, 2 / 3, 0.75
 """The weight of a new closing token in the loss, the share of it that the end of the turn has, and the share of the
 steps in which both fall to 1. With 5 for both the end of a text depends on the mode a good deal later; with 15 to the
 end traces were a third shorter than those they were taught by: `examples/real_language`."""
@@ -182,7 +182,9 @@ def settle(
         line += f" (No row ends a trace with {closing}: its weight does nothing.)"
     if sharded and new and own_rate is None:
         line += " (Sharded weights: no learning rate of their own.)"
-    return Treatment(new, rate, chosen, ending, 1.0 if falls else chosen, 1.0 if end_falls else ending, line)
+    last = LAST_WEIGHT if falls else chosen
+    last_end = max(1.0, END_SHARE * LAST_WEIGHT) if end_falls else ending
+    return Treatment(new, rate, chosen, ending, last, last_end, line)
 
 
 def control_rows(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, list[int]]]:
