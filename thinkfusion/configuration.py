@@ -160,7 +160,7 @@ class ThinkFusionConfig(TrainedParts, SFTConfig):
         default=None, metadata={"help": "Weight in the loss of the </think> that ends a trace; by default 15 if new."}
     )
     """The weight in the loss of the `</think>` that ends a trace. None: 15 where that token is new to the model, which
-    falls to 1 in the first three quarters of the steps, else 1; a number stays. The loss stays divided by the number
+    falls to 2 in the first three quarters of the steps, else 1; a number stays. The loss stays divided by the number
     of tokens, so that rows, batches and processes change nothing."""
     end_of_turn_weight: float | None = field(
         default=None, metadata={"help": "Weight in the loss of an answer's end; by default 2/3 of a new </think>'s."}

@@ -5,12 +5,10 @@ from typing import Any
 
 
 def choose_experts(model: Any, device: str) -> None:
-    """On a CPU one expert after another is faster than the grouped product that transformers would choose, and on a GPU
-    where the weights are float32 and computed in bfloat16, which the grouped product does not know."""
-    import torch
+    """On a CPU one expert after another is faster than the grouped product that transformers would choose."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if device == "cpu" or model.dtype == torch.float32:
+    if device == "cpu":
         ALL_EXPERTS_FUNCTIONS.register("one_by_one", experts_one_by_one)
         model.set_experts_implementation("one_by_one")
 

@@ -25,10 +25,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from compare import FROZEN, MODES, Job, common_settings
+from compare import MODES, Job
 from data import DEFAULT, DataMissingError, RealData, as_conversation, draw_written, read_data
 from experts import choose_experts
 from make_base import BaseError, ensure_base
+from trainers import FROZEN, common_settings
 
 LONGEST_PROBLEM, LONGEST_ANSWER = 330, 400
 """Characters, so that a step is short."""
@@ -51,7 +52,7 @@ TREATMENTS = {
     "default": Treatment(0.5, {}),
 }
 """By name; "short" answers all problems by their last line in non-thinking mode, "written" by their solution. Weights
-that are given stay, those of the default fall to 1."""
+that are given stay, those of the default fall."""
 
 
 def train_rows(data: RealData, rows: int, treatment: Treatment, seed: int) -> list[Any]:
