@@ -10,7 +10,9 @@ import sys
 import time
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import datasets
 import pytest
@@ -378,6 +380,28 @@ def test_a_point_stops_in_time_and_goes_on(folder, quiet):
     assert compare.run(job_of("default", folder))
     (row,) = compare.finished([late])
     assert row["steps"] == 2
+
+
+def test_points_run_at_once_and_none_begins_after_one_that_ran_out_of_time(folder, monkeypatch):
+    jobs = [replace(job_of("default", folder), seed=seed) for seed in range(4)]
+    errors = {"sets": {"gsm8k": {"thinking": {"format_error": None}, "non_thinking": {"format_error": 0.25}}}}
+    both, begun, said = Barrier(2, timeout=60), [], []
+
+    def run(job):
+        begun.append(job.seed)
+        if job.seed < 2:
+            both.wait()  # which one at a time would never pass
+            compare.write(job.result, json.dumps(errors))
+        return job.seed < 2
+
+    monkeypatch.setattr(compare, "in_a_process", run)
+    assert compare.work_off(jobs[:2], 2, said.append)
+    assert sorted(line.partition(";")[0] for line in said) == [
+        f"default-{seed}-8: format error on GSM8K thinking -, non_thinking 25.0 %" for seed in (0, 1)
+    ]
+    assert not compare.work_off(jobs, 1, said.append)
+    assert begun[2:] == [2]
+    assert len(said) == 2
 
 
 # Treatments -----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -353,9 +354,15 @@ def in_a_process(job: Job) -> bool:
 
 def work_off(jobs: list[Job], at_once: int, said: Callable[[str], None]) -> bool:
     """Run what is not finished, so many at once; whether all was done."""
-    begun = time.monotonic()
+    begun, out_of_time = time.monotonic(), Event()
+
+    def work(job: Job) -> bool:
+        if not out_of_time.is_set() and not in_a_process(job):
+            out_of_time.set()
+        return not out_of_time.is_set()
+
     with ThreadPoolExecutor(at_once) as pool:
-        running = {pool.submit(in_a_process, job): job for job in jobs if not job.result.is_file()}
+        running = {pool.submit(work, job): job for job in jobs if not job.result.is_file()}
         try:
             for future in as_completed(running):
                 if not future.result():
