@@ -143,6 +143,10 @@ def test_a_model_that_computes_something_else_is_refused(tmp_path, monkeypatch, 
     assert (tmp_path / "good" / "model.safetensors").stat().st_mtime_ns == written
     with pytest.raises(make_base.BaseError, match=r"holds a base of .*'experts': 2.*, not of .*'experts': 4"):
         make_base.ensure_base(tmp_path / "good", gguf=path)
+    noted = tmp_path / "good" / "base.json"
+    noted.write_text(json.dumps({key: value for key, value in record.items() if key != "layout"}))
+    with pytest.raises(make_base.BaseError, match="as an earlier version of this script made it"):
+        make_base.ensure_base(tmp_path / "good", gguf=path, experts=2)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(make_base.BaseError, match="holds something else"):

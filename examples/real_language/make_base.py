@@ -37,7 +37,8 @@ TEXTS = (
     "<|im_start|>user\nA robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total?"
     "<|im_end|>\n<|im_start|>assistant\nIt takes 2/2 = 1 bolt of white fiber, so in total",
 )
-RECORD = "base.json"
+RECORD, LAYOUT = "base.json", 2
+"""Where it stands what was made, and the number of how it is made: bases that differ in it are other models."""
 SHARED_WIDTH, ROUTER_STD = 64, 1e-6
 
 
@@ -284,13 +285,15 @@ def ensure_base(
     kept = output / RECORD
     if kept.is_file():
         record: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        if record.get("layout") != LAYOUT:
+            raise BaseError(f"{output}: holds a base as an earlier version of this script made it. Use another folder.")
         if record["options"] != options:
             raise BaseError(f"{output}: holds a base of {record['options']}, not of {options}. Use another folder.")
         return record
     if output.exists() and any(output.iterdir()):
         raise BaseError(f"{output}: holds something else than a base of this script. Use another folder.")
     path = find_gguf(package, gguf, cache or output.parent / "packages")
-    record = {"options": options, "source": path.name, **make(path, output, **options)}
+    record = {"layout": LAYOUT, "options": options, "source": path.name, **make(path, output, **options)}
     part = output.with_name(output.name + ".part")
     (part / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if output.exists():
