@@ -216,15 +216,17 @@ def multiply_updates(
     """
     import torch
 
+    # Made once: a list of rows would be made a tensor at every step.
+    moved = [(weight, torch.tensor(chosen, device=weight.device)) for weight, chosen in rows]
     before: list[torch.Tensor] = []
 
     def remember(*_: object) -> None:
-        before[:] = [weight.detach()[chosen].clone() for weight, chosen in rows]
+        before[:] = [weight.detach().index_select(0, places) for weight, places in moved]
 
     def multiply(*_: object) -> None:
         with torch.no_grad():
-            for (weight, chosen), old in zip(rows, before, strict=True):
-                weight[chosen] = old + factor * (weight[chosen] - old)
+            for (weight, places), old in zip(moved, before, strict=True):
+                weight.index_copy_(0, places, old + factor * (weight.index_select(0, places) - old))
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(multiply)
@@ -232,8 +234,9 @@ def multiply_updates(
 
 def weigh_tokens(log_probs: torch.Tensor, labels: torch.Tensor, weights: Mapping[int, float]) -> torch.Tensor:
     """`log_probs` with those of each token of `weights` times its weight; both (batch, length), labels unshifted."""
-    import torch
-
+    if not weights:
+        return log_probs
+    factors = log_probs.detach().new_ones(log_probs.shape)
     for token, weight in weights.items():
-        log_probs = log_probs * torch.where(labels[:, 1:] == token, weight, 1.0).to(log_probs)
-    return log_probs
+        factors.masked_fill_(labels[:, 1:] == token, weight)
+    return log_probs * factors

@@ -284,12 +284,16 @@ def generate(
     """Continue prompts (ids, of any lengths) in one left-padded batch; one Reply each, in their order.
 
     `thinking_budget` is for all prompts, or a sequence with one for each. `options` are arguments of `model.generate`
-    and win over `sampling`; with `num_return_sequences`, the replies to one prompt follow each other.
-    The model is left as it was found: training mode, gradient checkpointing and configuration.
+    and win over `sampling`; with `num_return_sequences`, the replies to one prompt follow each other. Without options
+    and budgets, rows that have ended leave a large batch (see `generate_shrinking`). The model is left as it was found:
+    training mode, gradient checkpointing and configuration.
     """
     import torch
 
-    arguments = sampling.options() | _with_budget(tokenizer, scheme, thinking_budget, options)
+    from thinkfusion.shrinking import can_shrink, generate_shrinking
+
+    own = _with_budget(tokenizer, scheme, thinking_budget, options)
+    arguments = sampling.options() | own
 
     length = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -298,17 +302,21 @@ def generate(
     mask = (torch.arange(length, device=model.device) >= length - lengths[:, None]).long()
     with ready_to_generate(model), torch.no_grad():
         ends = reply_ends(model, tokenizer, get_scheme(scheme))
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            pad_token_id=pad,
-            eos_token_id=ends,
-            use_cache=True,
-            **arguments,
-        )
+        if not own and can_shrink(model, len(prompts)):
+            written = generate_shrinking(model, ids, mask, ends, pad_token_id=pad, **arguments)
+        else:
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                pad_token_id=pad,
+                eos_token_id=ends,
+                use_cache=True,
+                **arguments,
+            )
+            written = out[:, length:].tolist()
     copies = arguments.get("num_return_sequences", 1)
     given = []
-    for row, mode in zip(out[:, length:].tolist(), [mode for mode in modes for _ in range(copies)], strict=True):
+    for row, mode in zip(written, [mode for mode in modes for _ in range(copies)], strict=True):
         stop = next((index for index, token in enumerate(row) if token in ends), None)
         given.append(split_reply(row[:stop], mode, tokenizer=tokenizer, finished=stop is not None, scheme=scheme))
     return given

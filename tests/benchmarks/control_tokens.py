@@ -4,9 +4,9 @@
     python tests/benchmarks/control_tokens.py --json control_tokens.json
 
 One trainer, one random model, whole steps of its own loop, in pairs whose order changes, as in `routing.py`. With the
-treatment the rows of four tokens move by a learning rate of their own, and the closing token has a weight; without it
-no row and a weight of 1. What is printed is the median of the pairs' ratios, with its standard error, and how long
-the rows are looked at once, before the training.
+treatment the rows of four tokens move by a learning rate of their own, and the closing token and the end of the turn
+have their weights; without it no row does, and both weigh 1. What is printed is the median of the pairs' ratios, with
+its standard error, and how long the rows are looked at once, before the training.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,42 @@ from thinkfusion.control_tokens import multiply_updates, new_tokens
 class Turns(TrainerCallback):
     """Switches the treatment on and off, step by step, and takes the time from one step's beginning to the next."""
 
-    def __init__(self, trainer: ThinkFusionTrainer, rows: list[Any], clock: str) -> None:
-        self.trainer, self.rows, self.clock = trainer, rows, CLOCKS[clock]
-        self.kept: list[Any] = []
-        self.on, self.began = True, 0.0
+    def __init__(self, trainer: ThinkFusionTrainer, clock: str) -> None:
+        self.trainer, self.clock = trainer, CLOCKS[clock]
+        self.treatment: Any = None
+        self.on, self.began, self.updates = True, 0.0, 0
         self.seconds: list[tuple[bool, float]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = self.clock()
         if self.began:
             self.seconds.append((self.on, now - self.began))
-        self.kept = self.kept or list(self.rows)
+        self.treatment = self.treatment or self.trainer.control_tokens
         step = state.global_step
         self.on = (step % 2 == 0) == (step // 2 % 2 == 0)
-        self.rows[:] = self.kept if self.on else []
-        treatment = self.trainer.control_tokens
-        self.trainer.control_tokens = treatment._replace(weight=5.0 if self.on else 1.0)
+        plain = dict.fromkeys(("weight", "end_weight", "last_weight", "last_end_weight"), 1.0)
+        self.trainer.control_tokens = self.treatment if self.on else self.treatment._replace(**plain)
         self.began = self.clock()
+
+    def when_on(self, hook: Callable[..., None]) -> Callable[..., None]:
+        """A hook of the treatment that runs in its steps only."""
+
+        def run(*given: object) -> None:
+            if self.on:
+                self.updates += 1
+                hook(*given)
+
+        return run
+
+
+class Hooks:
+    """Stands in for an optimizer: what is registered on it can be registered on the real one in another form."""
+
+    def register_step_pre_hook(self, hook: Callable[..., None]) -> None:
+        self.before = hook
+
+    def register_step_post_hook(self, hook: Callable[..., None]) -> None:
+        self.after = hook
 
 
 def measure(name: str, pairs: int | None, clock: str) -> dict[str, Any]:
@@ -66,11 +86,13 @@ def measure(name: str, pairs: int | None, clock: str) -> dict[str, Any]:
     found = new_tokens(model, tokenizer, tokenizer.convert_ids_to_tokens(added), [])
     looked = time.perf_counter() - begun
     assert len(found) == len(added) == 4, found
-    watched: list[Any] = []
+    turns: list[Turns] = []
 
-    def noted(optimizer: Any, rows: list[Any], factor: float) -> None:
-        watched.extend(rows)
-        multiply_updates(optimizer, watched, factor)
+    def in_turns(optimizer: Any, rows: list[Any], factor: float) -> None:
+        hooks = Hooks()
+        multiply_updates(hooks, rows, factor)  # type: ignore[arg-type]
+        optimizer.register_step_pre_hook(turns[0].when_on(hooks.before))
+        optimizer.register_step_post_hook(turns[0].when_on(hooks.after))
 
     with tempfile.TemporaryDirectory() as folder:
         settings = ThinkFusionConfig(
@@ -90,12 +112,12 @@ def measure(name: str, pairs: int | None, clock: str) -> dict[str, Any]:
         rows = full_rows(size, 4 * size.batch, len(tokenizer))
         trainer = ThinkFusionTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
         trainer.remove_callback(transformers.PrinterCallback)
-        training.multiply_updates = noted
-        turns = Turns(trainer, watched, clock)
-        trainer.add_callback(turns)
+        training.multiply_updates = in_turns
+        turns.append(Turns(trainer, clock))
+        trainer.add_callback(turns[0])
         trainer.train()
-    assert turns.kept, "no rows were watched"
-    seconds = turns.seconds
+    seconds = turns[0].seconds
+    assert turns[0].updates >= len(seconds), "the rows were not moved"
     both = [dict(pair) for pair in zip(seconds[::2], seconds[1::2], strict=True)][WARM_UP:]
     ratios = [pair[True] / pair[False] for pair in both]
     low, middle, high = statistics.quantiles(ratios, n=4)

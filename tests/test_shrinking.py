@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches whose ended rows leave: the replies are those of one call, whatever the cache looks like."""
+
+import pytest
+import torch
+
+from tests.tiny_models import BRANCHING, WINDOWED, tiny_random_model
+from thinkfusion import EvaluationPrompt, Mode, install_chat_template
+from thinkfusion.generation import Prompter, Sampling, generate
+from thinkfusion.shrinking import SMALLEST, can_shrink, generate_shrinking
+
+ROWS, NEW = 2 * SMALLEST + 3, 24
+ENDS = list(range(1, 60))
+"""About every tenth token of the tiny vocabulary, so that rows end all along."""
+
+
+def left_padded(rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random prompts of 1 to 9 tokens."""
+    torch.manual_seed(1)
+    lengths = torch.randint(1, 10, (rows, 1))
+    mask = (torch.arange(9) >= 9 - lengths).long()
+    return torch.randint(60, 600, (rows, 9)) * mask, mask
+
+
+def in_one_call(model, ids, mask, **arguments) -> list[list[int]]:
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, eos_token_id=ENDS, pad_token_id=0, max_new_tokens=NEW, **arguments
+    )
+    return out[:, ids.shape[1] :].tolist()
+
+
+def until_end(rows: list[list[int]]) -> list[list[int]]:
+    ends = [next((place for place, token in enumerate(row) if token in ENDS), len(row)) for row in rows]
+    return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
+
+
+def quiet(model):
+    """As `ready_to_generate` makes it."""
+    model.config.output_router_logits = False
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "window"), [(family, None) for family in BRANCHING] + [(family, 5) for family in WINDOWED]
+)
+def test_the_replies_of_every_family_are_those_of_one_call(family, window, monkeypatch):
+    model = quiet(tiny_random_model(family, window=window))
+    assert can_shrink(model, ROWS)
+    ids, mask = left_padded()
+    greedy = {"do_sample": False, "repetition_penalty": 2.0}  # without a penalty some models repeat one token
+    sizes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **given: sizes.append(len(given["input_ids"])) or forward(**given))
+    with torch.no_grad():
+        shrinking = generate_shrinking(model, ids, mask, ENDS, NEW, pad_token_id=0, **greedy)
+        shrunk = sorted(set(sizes))
+        whole = in_one_call(model, ids, mask, **greedy)
+    assert until_end(shrinking) == until_end(whole)
+    lengths = {len(row) for row in until_end(whole)}
+    assert len(lengths) > 3
+    assert len(shrunk) > 1
+    assert shrunk[-1] == ROWS
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text", "jamba", "nemotron_h"])
+def test_a_state_that_is_more_than_keys_and_values_is_left_to_generate(family):
+    assert not can_shrink(tiny_random_model(family), ROWS)
+
+
+def test_a_batch_shrinks_by_half_and_not_below_the_smallest(monkeypatch):
+    """Row i ends after i + 1 tokens."""
+    model = quiet(tiny_random_model("qwen3_moe"))
+    forward, sizes = model.forward, []
+
+    def scripted(**given):
+        out = forward(**given)
+        sizes.append(len(given["input_ids"]))
+        out.logits[:] = 0
+        # A row is known by its prompt, which the mask tells: row i has i + 1 tokens, and ends with twice as many.
+        written = given["attention_mask"].shape[1] - 64
+        row = given["attention_mask"][:, :64].sum(1) - 1
+        out.logits[torch.arange(len(row)), -1, torch.where(row == written, 1, 100)] = 1
+        return out
+
+    monkeypatch.setattr(model, "forward", scripted)
+    mask = torch.ones(64, 64).tril().flip(1).long()
+    with torch.no_grad():
+        found = generate_shrinking(model, mask * 100, mask, [1], 64, pad_token_id=0, do_sample=False)
+    assert [row.index(1) for row in found] == list(range(64))
+    assert sizes == [64] * 32 + [32] * 16 + [16] * 8 + [8] * 8
+
+
+def test_a_seed_gives_the_same_samples_with_the_models_probabilities():
+    model = quiet(tiny_random_model("qwen3_moe"))
+    ids, mask = (each[:1].repeat(512, 1) for each in left_padded())
+
+    drawn = {"do_sample": True, "temperature": 0.5}
+
+    def sampled(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return generate_shrinking(model, ids, mask, ENDS, NEW, pad_token_id=0, **drawn)
+
+    first = sampled(0)
+    assert first == sampled(0) != sampled(1)
+    shrinking, whole = (
+        torch.tensor([float(len(row)) for row in until_end(rows)])
+        for rows in (first, in_one_call(model, ids, mask, **drawn))
+    )
+    error = (shrinking.var() / 512 + whole.var() / 512).sqrt()
+    assert abs(shrinking.mean() - whole.mean()) < 4 * error
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"repetition_penalty": 1.1}, True),
+        ({"min_new_tokens": 5}, False),
+        ({"cache_implementation": "static"}, False),
+        ({"num_beams": 2}, False),
+    ],
+)
+def test_settings_that_count_tokens_of_a_call_are_left_to_generate(setting, expected):
+    model = tiny_random_model("qwen3_moe")
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    assert can_shrink(model, SMALLEST) is expected
+    assert not can_shrink(model, SMALLEST - 1)
+
+
+def test_replies_of_a_large_batch_are_those_of_small_ones(base_tokenizer, model):
+    install_chat_template(base_tokenizer, model)
+    prompter = Prompter(base_tokenizer)
+    asked = [EvaluationPrompt([{"role": "user", "content": f"What is {number} + 2?"}]) for number in range(40)]
+    modes = [Mode.THINKING if number % 2 else Mode.NON_THINKING for number in range(40)]
+    prompts = [prompter.prompt_ids(prompt.messages, mode) for prompt, mode in zip(asked, modes, strict=True)]
+
+    def replies(rows: int):
+        cut = [slice(start, start + rows) for start in range(0, 40, rows)]
+        parts = [generate(model, base_tokenizer, prompts[part], modes[part], Sampling(32)) for part in cut]
+        return [each for part in parts for each in part]
+
+    assert replies(40) == replies(8)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generating for a batch whose rows end at different lengths: those that have ended leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SMALLEST = 16
+"""A batch with fewer rows is generated to its end: a step of half of it is hardly faster."""
+PLAIN = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "max_length", "max_new_tokens"),
+    *("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "use_cache", "trust_remote_code"),
+}
+"""Settings of a generation that read the rows as they are, however many calls they were made in."""
+
+
+class HalfEnded(StoppingCriteria):
+    """Stops a batch when half of its rows, or more, have one of `ends` behind the first `length` tokens."""
+
+    def __init__(self, ends: torch.Tensor, length: int) -> None:
+        self.ends, self.length = ends, length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """input_ids: (rows, length so far). Returns (rows,), all true or none."""
+        ended = torch.isin(input_ids[:, self.length :], self.ends).any(1)
+        return (2 * ended.sum() >= len(ended)).expand(len(ended))
+
+
+def generate_shrinking(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    ends: Sequence[int],
+    max_new_tokens: int,
+    **arguments: Any,
+) -> list[list[int]]:
+    """What `model.generate` writes after left-padded prompts, without computing to the end what has ended already.
+
+    `generate` computes every row for as long as the longest one goes on. Here it stops when half of the rows have
+    ended, the rest takes its part of the cache along, and so on, so that a step costs at most twice what its living
+    rows do. Rows do not depend on each other but by rounding, so greedy replies are the same; sampled ones are drawn
+    with the same probabilities, from other random numbers.
+
+    ids, mask: (rows, length of the prompts). Returns the new tokens of each row, with what comes after its end.
+    """
+    length, left, cache = ids.shape[1], max_new_tokens, None
+    ending = torch.tensor(list(ends), device=ids.device)
+    living = list(range(len(ids)))
+    found: list[list[int]] = [[] for _ in living]
+    while True:
+        stop = StoppingCriteriaList([HalfEnded(ending, length)] if len(ids) >= SMALLEST else [])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=left,
+            eos_token_id=list(ends),
+            use_cache=True,
+            stopping_criteria=stop,
+            return_dict_in_generate=True,
+            **arguments,
+        )
+        written = out.sequences[:, length:]
+        for row, tokens in zip(living, written.tolist(), strict=True):
+            found[row] = tokens
+        new = out.sequences.shape[1] - ids.shape[1]
+        left -= new
+        (kept,) = torch.where(~torch.isin(written, ending).any(1))
+        if not left or not len(kept):
+            return found
+        ids, mask, cache = (
+            out.sequences[kept],
+            torch.nn.functional.pad(mask[kept], (0, new), value=1),
+            out.past_key_values,
+        )
+        cache.batch_select_indices(kept)
+        living = [living[place] for place in kept.tolist()]
+
+
+def can_shrink(model: PreTrainedModel, rows: int) -> bool:
+    """Whether a batch is worth it, and neither the cache nor a setting of the checkpoint depends on earlier calls."""
+    settings = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
+    plain = all(name in PLAIN or name.startswith("_") or not value for name, value in settings.items())
+    layers = DynamicCache(config=model.config).layers if plain and rows >= SMALLEST else [None]
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
