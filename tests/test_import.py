@@ -28,6 +28,7 @@ ORDER = [
         "balance",
         "budget",
         "sampling_defaults",
+        "shrinking",
         "generation",
         *("grading", "intervals", "prompts", "rewards", "replying", "leakage", "transcripts", "obedience", "flipping"),
         *("budget_curve", "probing", "mode_verdict", "evaluation", "digests", "reporting", "comparing", "report_plots"),
