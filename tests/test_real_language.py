@@ -254,6 +254,20 @@ def test_an_instruction_is_paired_by_its_rule():
     }
 
 
+def test_conversations_with_tools_are_paired_by_their_rule(folder):
+    reasoned = {"role": "assistant", "content": "It is wet.", "reasoning_content": "Rain."}
+    rows = [{"messages": [{"role": "user", "content": "And Oslo?"}, reasoned]}]
+    (folder / "glaive_toolcall.json").write_text(json.dumps([TOOL_ROW]))
+    (folder / "reason_tool_use.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    called, thought = data.read_data(folder).tools
+    told = [message.get("reasoning_content") for message in called.to_messages()]
+    asked = "I am asked: Weather in Rome?\nI can begin with this: "
+    assert told == [None, f"{asked}I call weather.", None, f"{asked}It is clear."]
+    assert [tool["name"] for tool in called.tools] == ["weather"]
+    assert thought.to_messages() == rows[0]["messages"]
+    assert all(exchange.has_reasoning for row in (called, thought) for exchange in row.exchanges)
+
+
 def test_data_that_is_missing_is_one_clear_error(tmp_path):
     with pytest.raises(data.DataMissingError, match=r"gsm8k_train.jsonl, .* not found. Say with --data DIR"):
         data.read_data(tmp_path)
@@ -264,6 +278,7 @@ def test_the_real_files_are_read():
     found = data.read_data()
     assert (len(found.problems), len(found.tests), len(found.held_out_instructions)) == (7473, 1319, 200)
     assert len(found.tools) > 100
+    assert all(exchange.has_reasoning for row in found.tools for exchange in row.exchanges)
 
 
 def test_experts_one_by_one_are_transformers_own(tiny_models):

@@ -13,8 +13,9 @@ line the answer. In non-thinking mode every second problem, drawn by the seed, i
 by the worked solution itself, as a model that does not think first would write it: the same text ends with the closing
 token in one mode and with the turn in the other, so that nothing but the mode tells which. Instructions are trained as
 is asked for: in neither mode, so that it is measured whether both hold where they were never trained; in non-thinking
-mode alone; or in both, with a trace made by a rule. What is drawn depends on the seed alone, and fewer rows are the
-first of more.
+mode alone; or in both, with a trace made by a rule. Conversations with tools get traces by a rule too, where they have
+none: a kind of text that is trained in one mode alone would tell how it ends. What is drawn depends on the seed alone,
+and fewer rows are the first of more.
 """
 
 import json
@@ -36,7 +37,7 @@ HELD_OUT_SEED = 2026
 ALPACA_HELD_OUT, PROBE_ROWS, FLIP_TURNS = 200, 64, 3
 LONGEST_CHARACTERS = 2400
 """Of a row with all its messages and tools: about 600 tokens."""
-MULTI_TURN_SHARE, ALPACA_SHARE, TOOLS_SHARE = 0.25, 0.125, 0.0625
+MULTI_TURN_SHARE, ALPACA_SHARE, TOOLS_SHARE = 0.25, 0.125, 0.125
 """Share of the problems that stand in conversations of two; further rows for each problem."""
 WRITTEN_SHARE = 0.5
 """Share of the problems whose non-thinking answer is the worked solution."""
@@ -127,7 +128,7 @@ def read_data(folder: Path | None = None) -> RealData:
     instructions = list({row["question"]: row for row in instructions}.values())
     held.shuffle(instructions)
     tools = [
-        row
+        with_traces(row)
         for name in TOOLS
         if (folder / name).is_file()
         for row in read_conversations(folder / name, RecordOptions(on_bad_row="skip", max_skipped=1.0))[0]
@@ -168,16 +169,32 @@ def number_of(answer: str) -> str:
 
 
 def instruction(row: dict[str, str]) -> dict[str, str]:
-    """An instruction in the library's columns, without reasoning; `trace` is what is its reasoning where it is paired.
-
-    The rule for a trace: what is asked, said again, and what the answer begins with. It teaches form, not thought;
-    `thinkfusion generate-pairs` makes traces with a model.
-    """
+    """An instruction in the library's columns, without reasoning; `trace` is what is its reasoning where it is paired."""
     question = "\n".join(part.strip() for part in (row["instruction"], row["input"]) if part.strip())
     answer = row["output"].strip()
+    return {"question": question, "reasoning": "", "answer": answer, "trace": trace_of(row["instruction"], answer)}
+
+
+def trace_of(asked: str, answer: str) -> str:
+    """The rule for a trace: what is asked, said again, and what the answer begins with.
+
+    It teaches form, not thought; `thinkfusion generate-pairs` makes traces with a model.
+    """
     begins = re.split(r"(?<=[.!?])\s", answer, maxsplit=1)[0]
-    trace = f"I am asked: {row['instruction'].strip()}\nI can begin with this: {begins}"
-    return {"question": question, "reasoning": "", "answer": answer, "trace": trace}
+    return f"I am asked: {asked.strip()}\nI can begin with this: {begins}"
+
+
+def with_traces(conversation: Conversation) -> Conversation:
+    """The conversation with reasoning in every message of the assistant: by the rule, where there is none."""
+    messages = conversation.to_messages()
+    asked = ""
+    for message in messages:
+        if message["role"] == "user":
+            asked = message["content"]
+        elif message["role"] == "assistant" and not message.get("reasoning_content"):
+            calls = ", ".join(call["function"]["name"] for call in message.get("tool_calls", []))
+            message["reasoning_content"] = trace_of(asked, f"I call {calls}." if calls else message["content"])
+    return Conversation.from_messages(messages, tools=conversation.tools)
 
 
 def as_conversation(rows: Sequence[dict[str, str]]) -> Conversation:
