@@ -7,10 +7,10 @@
 `trl` is TRL's own way: its Qwen3 training template and `assistant_only_loss`. `no-treatment` is this library's
 rendering with the control tokens trained as everything else, `default` this library as it comes. All start from the
 upcycled base of `make_base.py` and get the same conversations: so many problems with a worked solution, each trained in
-both modes, a quarter of them in conversations of two turns, and beside them instructions and tool use in non-thinking
-mode. Each is measured by generation on held-out problems, on instructions, and on conversations that alternate modes,
-and by the switch probe. A (recipe, seed, rows) that is finished is a file in `jobs`, and is not run again; `--minutes`
-ends before the time is over, with the training at a checkpoint.
+both modes, a quarter of them in conversations of two turns, and beside them conversations with tools in both modes.
+Each is measured by generation on held-out problems, on instructions, and on conversations that alternate modes, and by
+the switch probe. A (recipe, seed, rows) that is finished is a file in `jobs`, and is not run again; `--minutes` ends
+before the time is over, with the training at a checkpoint.
 """
 
 import argparse
