@@ -169,7 +169,7 @@ def number_of(answer: str) -> str:
 
 
 def instruction(row: dict[str, str]) -> dict[str, str]:
-    """An instruction in the library's columns, without reasoning; `trace` is what is its reasoning where it is paired."""
+    """An instruction in the library's columns, without reasoning; `trace` is its reasoning where it is paired."""
     question = "\n".join(part.strip() for part in (row["instruction"], row["input"]) if part.strip())
     answer = row["output"].strip()
     return {"question": question, "reasoning": "", "answer": answer, "trace": trace_of(row["instruction"], answer)}
