@@ -128,6 +128,14 @@ def test_settings_that_count_tokens_of_a_call_are_left_to_generate(setting, expe
     assert not can_shrink(model, SMALLEST - 1)
 
 
+def test_processes_that_share_weights_make_the_same_steps(monkeypatch):
+    model = tiny_random_model("qwen3_moe")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for processes, expected in ((1, True), (2, False)):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda count=processes: count)
+        assert can_shrink(model, ROWS) is expected
+
+
 def test_replies_of_a_large_batch_are_those_of_small_ones(base_tokenizer, model):
     install_chat_template(base_tokenizer, model)
     quiet(model)

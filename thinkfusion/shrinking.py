@@ -86,8 +86,16 @@ def generate_shrinking(
 
 
 def can_shrink(model: PreTrainedModel, rows: int) -> bool:
-    """Whether a batch is worth it, and neither the cache nor a setting of the checkpoint depends on earlier calls."""
+    """Whether a batch is worth it, and neither the cache nor a setting of the checkpoint depends on earlier calls.
+
+    Not in training with several processes: where weights are sharded, all have to make the same steps.
+    """
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if rows < SMALLEST or (together and torch.distributed.get_world_size() > 1):
+        return False
     settings = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
-    plain = all(name in PLAIN or name.startswith("_") or not value for name, value in settings.items())
-    layers = DynamicCache(config=model.config).layers if plain and rows >= SMALLEST else [None]
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    if not all(name in PLAIN or name.startswith("_") or not value for name, value in settings.items()):
+        return False
+    return all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers
+    )
