@@ -41,25 +41,63 @@ def quiet(model):
     return model.eval().double()
 
 
-@pytest.mark.parametrize(
-    ("family", "window"), [(family, None) for family in BRANCHING] + [(family, 5) for family in WINDOWED]
-)
+CACHES = [(family, None) for family in BRANCHING] + [(family, 5) for family in WINDOWED]
+GREEDY = {"do_sample": False, "repetition_penalty": 2.0}
+"""Without a penalty some of the models repeat one token."""
+
+
+def own_ends(model, ids, mask) -> list[int]:
+    """Tokens by which each row has its own place to end at, if it has not ended before."""
+    free = in_one_call(model, ids, mask, None, **GREEDY)
+    return sorted({row[place % NEW] for place, row in enumerate(free)})
+
+
+@pytest.mark.parametrize(("family", "window"), CACHES)
 def test_the_replies_of_every_family_are_those_of_one_call(family, window, monkeypatch):
     model = quiet(tiny_random_model(family, window=window))
     assert can_shrink(model, ROWS)
     ids, mask = left_padded()
-    greedy = {"do_sample": False, "repetition_penalty": 2.0}  # without a penalty some models repeat one token
-    # Each row has its own place to end at, if it has not ended before.
-    ends = sorted({row[place % NEW] for place, row in enumerate(in_one_call(model, ids, mask, None, **greedy))})
+    ends = own_ends(model, ids, mask)
     sizes, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda **given: sizes.append(len(given["input_ids"])) or forward(**given))
     with torch.no_grad():
-        shrinking = generate_shrinking(model, ids, mask, ends, NEW, pad_token_id=0, **greedy)
+        shrinking = generate_shrinking(model, ids, mask, ends, NEW, pad_token_id=0, **GREEDY)
         shrunk = sorted(set(sizes))
-        whole = in_one_call(model, ids, mask, ends, **greedy)
-    assert until_end(shrinking, ends) == until_end(whole, ends)
+        whole = until_end(in_one_call(model, ids, mask, ends, **GREEDY), ends)
+    assert until_end(shrinking, ends) == whole
+    assert len({len(row) for row in whole}) > 3
     assert len(shrunk) > 1
     assert shrunk[-1] == ROWS
+
+
+@pytest.mark.parametrize(("family", "window"), CACHES)
+def test_in_float32_replies_part_only_where_tokens_tie(family, window):
+    """With the experts as transformers chooses them."""
+    model = tiny_random_model(family, window=window).eval()
+    model.config.output_router_logits = False
+    ids, mask = left_padded()
+    ends = own_ends(model, ids, mask)
+    shrinking = until_end(generate_shrinking(model, ids, mask, ends, NEW, pad_token_id=0, **GREEDY), ends)
+    scored = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        eos_token_id=ends,
+        pad_token_id=0,
+        max_new_tokens=NEW,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **GREEDY,
+    )
+    whole = until_end(scored.sequences[:, ids.shape[1] :].tolist(), ends)
+    for place, (ours, one_call) in enumerate(zip(shrinking, whole, strict=True)):
+        pairs = enumerate(zip(ours, one_call, strict=False))
+        parting = next(((step, *tokens) for step, tokens in pairs if tokens[0] != tokens[1]), None)
+        if parting is None:
+            assert ours == one_call
+        else:
+            step, first, second = parting
+            scores = scored.scores[step][place]
+            assert scores[first].item() == pytest.approx(scores[second].item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text", "jamba", "nemotron_h"])

@@ -49,7 +49,9 @@ def generate_shrinking(
     rows do. Rows do not depend on each other but by rounding, so greedy replies are the same; sampled ones are drawn
     with the same probabilities, from other random numbers.
 
-    ids, mask: (rows, length of the prompts). Returns the new tokens of each row, with what comes after its end.
+    ids, mask: (rows, length of the prompts). ends: ids of the tokens that end a reply. max_new_tokens: most tokens of a
+    row. arguments: others of `generate`, one sequence for a prompt. Returns the new tokens of each row, with what comes
+    after its end. For models that `can_shrink` allows; others may fail in the selection of their cache.
     """
     length, left, cache = ids.shape[1], max_new_tokens, None
     ending = torch.tensor(list(ends), device=ids.device)
