@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from thinkfusion import Mode, install_chat_template
 from thinkfusion.checkpointing import tiny_base_path
+from thinkfusion.generation import Prompter
 
 FOLDER = Path(__file__).parent.parent / "examples" / "real_language"
 sys.path.insert(0, str(FOLDER))
@@ -32,6 +34,7 @@ import compare  # noqa: E402
 import comparison_page  # noqa: E402
 import data  # noqa: E402
 import experts  # noqa: E402
+import first_words  # noqa: E402
 import make_base  # noqa: E402
 import treatments  # noqa: E402
 
@@ -210,7 +213,7 @@ def test_training_rows_are_paired_problems_and_instructions(folder, instructions
     assert all("<<" not in step.reasoning for exchange in reasoned for step in exchange.steps)
     # Of about a half the same text ends with the closing token in one mode and with the turn in the other.
     solved = [exchange for exchange in reasoned if exchange.user.content.startswith("train")]
-    assert all(exchange.steps[0].content.startswith("The answer is ") for exchange in solved)
+    assert all(exchange.steps[0].content.startswith(data.ANSWER) for exchange in solved)
     written = [exchange for exchange in solved if exchange.alternative]
     assert all(exchange.alternative[0].content == exchange.steps[0].reasoning for exchange in written)
     assert 8 < len(written) < 24
@@ -470,6 +473,40 @@ def test_the_gap_is_how_much_the_mode_decides(tiny_models, base_tokenizer):
     assert (
         found["thinking_closes"] == found["non_thinking_ends"] == pytest.approx(1 / len(model.lm_head.weight), abs=1e-4)
     )
+
+
+def test_the_beginnings_of_answers_are_those_that_generation_draws(tiny_models, base_tokenizer):
+    """Against the shares of replies that begin so, of many that are drawn token by token."""
+    model = tiny_models()
+    added = install_chat_template(base_tokenizer, model)
+    with torch.no_grad():  # modes that differ, and few beginnings that are drawn often
+        model.get_input_embeddings().weight[added] = torch.randn(len(added), model.config.hidden_size)
+        model.get_output_embeddings().weight *= 30
+    questions, prompter = ["1 + 1?", "What is 2 + 2?"], Prompter(base_tokenizer)
+    drawn = {mode: [] for mode in compare.MODES}
+    for mode, kept in drawn.items():
+        for question in questions:
+            prompt = prompter.prompt_ids([{"role": "user", "content": question}], Mode.parse(mode), None)
+            torch.manual_seed(0)
+            ids = model.generate(
+                torch.tensor([prompt]),
+                do_sample=True,
+                temperature=0.7,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=2,
+                max_new_tokens=2,
+                num_return_sequences=2000,
+            )
+            kept += map(tuple, ids[:, len(prompt) :].tolist())
+    often = [pair for pair, _ in Counter(drawn["thinking"]).most_common()]
+    encode, decode = base_tokenizer.encode, base_tokenizer.decode
+    pair = next(pair for pair in often if encode(decode(pair), add_special_tokens=False) == list(pair))
+    found = first_words.first_words(model, base_tokenizer, questions, decode(pair), 0.7)
+    for mode, kept in drawn.items():
+        assert len(found[mode]["tokens"]) == 2
+        assert found[mode]["all"] == pytest.approx(kept.count(pair) / len(kept), abs=0.03)
+    assert found["thinking"]["all"] > 0.1 + found["non_thinking"]["all"]
 
 
 # Serving --------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,9 @@ MULTI_TURN_SHARE, ALPACA_SHARE, TOOLS_SHARE = 0.25, 0.125, 0.125
 """Share of the problems that stand in conversations of two; further rows for each problem."""
 WRITTEN_SHARE = 0.5
 """Share of the problems whose non-thinking answer is the worked solution."""
+ANSWER = "Answer: "
+"""How the last line begins; no trace does. Where it was "The answer is", the modes parted at the second word only, with few
+rows to learn it from, and a trace that began with "The" went on as an answer."""
 _MARK = re.compile(r"<<[^>]*>>")
 
 
@@ -152,7 +155,7 @@ def problem(row: dict[str, str]) -> dict[str, str]:
     """A problem in the library's columns."""
     worked, _, final = row["answer"].rpartition("####")
     reasoning = _MARK.sub("", worked).strip()
-    return {"question": row["question"].strip(), "reasoning": reasoning, "answer": f"The answer is {final.strip()}."}
+    return {"question": row["question"].strip(), "reasoning": reasoning, "answer": f"{ANSWER}{final.strip()}"}
 
 
 def draw_written(row: dict[str, str], seed: int, share: float = WRITTEN_SHARE) -> dict[str, str]:
@@ -165,7 +168,7 @@ def draw_written(row: dict[str, str], seed: int, share: float = WRITTEN_SHARE) -
 
 
 def number_of(answer: str) -> str:
-    return answer.removeprefix("The answer is ").removesuffix(".").replace(",", "")
+    return answer.removeprefix(ANSWER).replace(",", "")
 
 
 def instruction(row: dict[str, str]) -> dict[str, str]:
