@@ -484,7 +484,7 @@ def test_the_beginnings_of_answers_are_those_that_generation_draws(tiny_models, 
         model.get_output_embeddings().weight *= 30
     questions, prompter = ["1 + 1?", "What is 2 + 2?"], Prompter(base_tokenizer)
     drawn = {mode: [] for mode in compare.MODES}
-    for mode, kept in drawn.items():
+    for mode in drawn:
         for question in questions:
             prompt = prompter.prompt_ids([{"role": "user", "content": question}], Mode.parse(mode), None)
             torch.manual_seed(0)
@@ -498,7 +498,7 @@ def test_the_beginnings_of_answers_are_those_that_generation_draws(tiny_models, 
                 max_new_tokens=2,
                 num_return_sequences=2000,
             )
-            kept += map(tuple, ids[:, len(prompt) :].tolist())
+            drawn[mode] += map(tuple, ids[:, len(prompt) :].tolist())
     often = [pair for pair, _ in Counter(drawn["thinking"]).most_common()]
     encode, decode = base_tokenizer.encode, base_tokenizer.decode
     pair = next(pair for pair in often if encode(decode(pair), add_special_tokens=False) == list(pair))

@@ -42,8 +42,8 @@ MULTI_TURN_SHARE, ALPACA_SHARE, TOOLS_SHARE = 0.25, 0.125, 0.125
 WRITTEN_SHARE = 0.5
 """Share of the problems whose non-thinking answer is the worked solution."""
 ANSWER = "Answer: "
-"""How the last line begins; no trace does. Where it was "The answer is", the modes parted at the second word only, with few
-rows to learn it from, and a trace that began with "The" went on as an answer."""
+"""How the last line begins; no trace does. Where it was "The answer is", the modes parted at the second word only, with
+few rows to learn it from, and a trace that began with "The" went on as an answer."""
 _MARK = re.compile(r"<<[^>]*>>")
 
 

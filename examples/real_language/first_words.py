@@ -23,7 +23,7 @@ from data import ANSWER, DEFAULT, DataMissingError, read_data
 
 
 def first_words(model: Any, tokenizer: Any, questions: list[str], words: str, temperature: float) -> dict[str, Any]:
-    """By mode: `tokens`, the mean probability of each token of `words` after those before it, and `all`, that of all."""
+    """By mode: `tokens`, the mean probability of each token of `words` after the former, and `all`, of them all."""
     import torch
 
     from thinkfusion import Mode
