@@ -196,16 +196,16 @@ def test_what_is_done_follows_from_what_is_new_unless_it_is_given(new, changes, 
     assert found.end_weight == (10.0 if weight == CLOSING_WEIGHT else 1.0)
     # What is chosen falls, what is given stays.
     chosen = weight == CLOSING_WEIGHT
-    assert (found.last_weight, found.last_end_weight) == ((2.0, pytest.approx(4 / 3)) if chosen else (weight, 1.0))
-    assert ("falling to 2" in found.line) == (weight == CLOSING_WEIGHT)
+    assert (found.last_weight, found.last_end_weight) == ((3.0, pytest.approx(2.0)) if chosen else (weight, 1.0))
+    assert ("falling to 3" in found.line) == (weight == CLOSING_WEIGHT)
     assert ("the end of the turn" in found.line) == (found.end_weight != 1)
 
 
 def test_weights_fall_in_the_first_three_quarters():
     found = settle({"</think>": "it was added"}, "</think>", **GIVEN)
     assert found.weights_at(0.0) == (15.0, pytest.approx(10.0))
-    assert found.weights_at(0.375) == (pytest.approx(8.5), pytest.approx(17 / 3))
-    assert found.weights_at(0.75) == found.weights_at(1.0) == (2.0, pytest.approx(4 / 3))
+    assert found.weights_at(0.375) == (pytest.approx(9.0), pytest.approx(6.0))
+    assert found.weights_at(0.75) == found.weights_at(1.0) == (3.0, pytest.approx(2.0))
     given = settle({"</think>": "it was added"}, "</think>", **{**GIVEN, "weight": 6.0})
     assert given.weights_at(0.0) == given.weights_at(1.0) == (6.0, 4.0)
 
@@ -220,10 +220,8 @@ def test_the_weights_of_a_step_are_those_of_the_steps_that_are_done(tmp_path, ti
     monkeypatch.setattr("thinkfusion.training.weigh_tokens", noted)
     train(tmp_path, tiny_models(), base_tokenizer, rows=16, max_steps=4, gradient_accumulation_steps=2)
     closing, end = base_tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
-    assert [weights.get(closing, 1.0) for weights in seen] == pytest.approx(
-        [15, 15, 15 - 13 / 3, 15 - 13 / 3, 15 - 26 / 3, 15 - 26 / 3, 2, 2]
-    )
-    fallen = [10, 10 - 26 / 9, 10 - 52 / 9, 4 / 3]
+    assert [weights.get(closing, 1.0) for weights in seen] == pytest.approx([15, 15, 11, 11, 7, 7, 3, 3])
+    fallen = [10, 22 / 3, 14 / 3, 2]
     assert [weights.get(end, 1.0) for weights in seen] == pytest.approx([each for each in fallen for _ in range(2)])
 
 
@@ -234,8 +232,8 @@ def test_the_end_of_the_turn_has_the_weight_that_is_given():
     assert "</think> the weight 1 in the loss, the end of the turn 3." in known.line
     assert settle({"</think>": "it was added"}, "</think>", **GIVEN, end_weight=1.0).end_weight == 1.0
     stays = settle({"</think>": "it was added"}, "</think>", **GIVEN, end_weight=4.0)
-    assert (stays.weights_at(0.0), stays.weights_at(1.0)) == ((15.0, 4.0), (2.0, 4.0))
-    assert stays.line.endswith("the weight 15 in the loss, falling to 2, the end of the turn 4.")
+    assert (stays.weights_at(0.0), stays.weights_at(1.0)) == ((15.0, 4.0), (3.0, 4.0))
+    assert stays.line.endswith("the weight 15 in the loss, falling to 3, the end of the turn 4.")
     # Where no trace is trained there is no choice to be balanced.
     assert settle({"</think>": "it was added"}, "</think>", **GIVEN, closed=False).end_weight == 1.0
 

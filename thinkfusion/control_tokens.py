@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 RATE_FACTOR, HIGHEST_RATE = 25.0, 1e-2
 """The learning rate of new rows is so many times that of the rest, up to this one. Measured on a real language model
 (2e-4, so 5e-3) and on the embedded base (1.5e-3, so 1e-2): `examples/training.md`."""
-CLOSING_WEIGHT, LAST_WEIGHT, END_SHARE, FALLS_UNTIL = 15.0, 2.0, 2 / 3, 0.75
+CLOSING_WEIGHT, LAST_WEIGHT, END_SHARE, FALLS_UNTIL = 15.0, 3.0, 2 / 3, 0.75
 """The weight of a new closing token in the loss at the first step and at the last ones, the share of it that the end
 of the turn has, and the share of the steps in which both fall. With 5 for both the end of a text depends on the mode a
-good deal later. Traces had 77 % of the length they were taught with where 15 stayed, 94 % where it fell to 3, and 116 %
-where it fell to 1: `examples/real_language`."""
+good deal later. Traces had 77 % of the length they were taught with where 15 stayed, 102 % where it fell to 3 (116 %
+where it fell to 1, and to 2 with twice the rows): `examples/real_language`."""
 INITS = ("mean", "end_of_turn")
 NEAR_MEAN, TWIN = 0.5, 0.995
 """A row nearer to the mean row than this share of the usual distance, or of a larger cosine than this with the row of
