@@ -282,6 +282,9 @@ def test_the_real_files_are_read():
     assert (len(found.problems), len(found.tests), len(found.held_out_instructions)) == (7473, 1319, 200)
     assert len(found.tools) > 100
     assert all(exchange.has_reasoning for row in found.tools for exchange in row.exchanges)
+    # The first word tells the modes apart.
+    first = data.ANSWER.split()[0].strip(":")
+    assert not any(row["reasoning"].startswith(first) for row in (*found.problems, *found.tests))
 
 
 def test_experts_one_by_one_are_transformers_own(tiny_models):

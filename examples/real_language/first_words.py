@@ -23,7 +23,10 @@ from data import ANSWER, DEFAULT, DataMissingError, read_data
 
 
 def first_words(model: Any, tokenizer: Any, questions: list[str], words: str, temperature: float) -> dict[str, Any]:
-    """By mode: `tokens`, the mean probability of each token of `words` after the former, and `all`, of them all."""
+    """By mode: `tokens`, the mean probability of each token of `words` after the former, and `all`, of them all.
+
+    questions: one user turn each; the means are over them. temperature: divides the logits, above 0.
+    """
     import torch
 
     from thinkfusion import Mode
@@ -57,7 +60,10 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="of the replies (default: %(default)s)")
     options = parser.parse_args()
     if options.samples < 1 or options.temperature <= 0:
-        sys.exit("first_words: --samples and --temperature: expected more than 0.")
+        told = f"--samples {options.samples} --temperature {options.temperature:g}"
+        sys.exit(f"first_words: found {told}, expected more than 0 of both.")
+    if not options.words:
+        sys.exit('first_words: --words is empty. Say how answers begin, as in --words "Answer: ".')
     try:
         data = read_data(options.data)
     except DataMissingError as error:
