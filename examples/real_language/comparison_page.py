@@ -5,13 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-RECIPES = {"trl": "#8a6bb1", "no-treatment": "#c8641a", "default": "#1f77a8"}
-MARKERS: dict[str, dict[str, Any]] = {
-    "trl": {"marker": "s", "markersize": 7.5, "markerfacecolor": "none"},
-    "no-treatment": {"marker": "^", "markersize": 4.5},
-    "default": {"marker": "o", "markersize": 4},
+RECIPES: dict[str, dict[str, Any]] = {
+    "trl": {"color": "#8a6bb1", "marker": "s", "markersize": 7.5, "markerfacecolor": "none"},
+    "no-treatment": {"color": "#c8641a", "marker": "^", "markersize": 4.5},
+    "default": {"color": "#1f77a8", "marker": "o", "markersize": 4},
 }
-"""Of different sizes, as recipes often lie at the same place."""
+"""How each is drawn; marks of different sizes, as recipes often lie at the same place."""
 MODES = ("thinking", "non_thinking")
 SETS = {"gsm8k": "GSM8K", "alpaca": "Alpaca", "flips": "flips"}
 
@@ -124,7 +123,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(2, 4)
     for line, mode in enumerate(MODES):
         for panel, (name, title) in zip(panels[line], SETS.items(), strict=False):
-            for recipe, colour in RECIPES.items():
+            for recipe, style in RECIPES.items():
                 means = []
                 for rows in sizes:
                     values = [
@@ -133,28 +132,28 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                         if (row["recipe"], row["rows"]) == (recipe, rows) and name in row["sets"]
                         if row["sets"][name][mode]["format_error"] is not None
                     ]
-                    panel.plot([rows] * len(values), values, color=colour, linestyle="", **MARKERS[recipe])
+                    panel.plot([rows] * len(values), values, linestyle="", **style)
                     means += [(rows, sum(values) / len(values))] if values else []
                 if means:
-                    panel.plot(*zip(*means, strict=True), color=colour)
+                    panel.plot(*zip(*means, strict=True), color=style["color"])
             panel.set_xscale("log", base=2)
             panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.set(title=f"{title}, {mode.replace('_', '-')}", ylim=(-3, 103), xlabel="paired rows")
             panel.minorticks_off()
         panels[line][0].set_ylabel("format error, %")
-    for recipe, colour in RECIPES.items():
-        panels[0][0].plot([], [], color=colour, label=recipe, **MARKERS[recipe])
+    for recipe, style in RECIPES.items():
+        panels[0][0].plot([], [], label=recipe, **style)
     panels[0][0].legend(frameon=False, fontsize=8)
     probe, inside = panels[0][3], panels[1][3]
-    for recipe, colour in RECIPES.items():
+    for recipe, style in RECIPES.items():
         own = [row for row in results if row["recipe"] == recipe]
         points = scatter(own)
         if points:
             found = [x for x, _ in points], [100 * y for _, y in points]
-            probe.plot(*found, color=colour, linestyle="", **MARKERS[recipe])
+            probe.plot(*found, linestyle="", **style)
         known = [(row["rows"], row["probe"]["thinking"]["closes_inside"]) for row in own]
         given = [x for x, _ in known], [100 * (y or 0) for _, y in known]
-        inside.plot(*given, color=colour, linestyle="", **MARKERS[recipe])
+        inside.plot(*given, linestyle="", **style)
     probe.set(title="the probe and what is generated", xlabel="P(close | trace)", xlim=(-0.03, 1.03), ylim=(-3, 103))
     inside.set_ylim(0, max([2.0, *(1.05 * top for top in inside.get_ylim())]))
     inside.set_xscale("log", base=2)
