@@ -332,12 +332,24 @@ def test_the_table_and_the_figure_are_those_of_the_results(tmp_path):
         in table
     )
     assert "| 64 | default | Alpaca | non-thinking | - |" in table
-    assert "format error: -0.87, n = 3" in table
+    assert "| trace begins · closes | thinking | -0.87 | -0.87 | -0.87 | 3 |" in table
+    assert "| closes inside | thinking | - | - | - | 3 |" in table  # the same everywhere: nothing to rank
     assert "| 32 | trl | non-thinking | 0.010 |" in table
     assert "own solutions have 90.0 tokens on average" in table
     assert json.loads((tmp_path / "comparison.json").read_text()) == results
     assert (tmp_path / "comparison.md").read_text() == table + "\n"
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_what_the_probe_is_held_against():
+    begun, closed = result("default", 64, 0, 0.5, 0.75), result("default", 32, 0, None, 0.25)
+    begun["sets"]["alpaca"]["non_thinking"] = {"format_error": None}
+    del begun["sets"]["flips"]
+    given = [begun, closed]
+    assert comparison_page.scatter(given) == [(0.25, 0.75)]  # of `closed` the product is not known
+    assert comparison_page.scatter(given, "trace begins", "alpaca") == [(0.5, 0.75), (0.5, 0.25)]
+    assert comparison_page.scatter(given, "answer begins", "alpaca") == [(0.25, 0.25)]
+    assert comparison_page.scatter(given, "closes", "flips") == []
 
 
 def test_the_rank_correlation():

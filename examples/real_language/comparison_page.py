@@ -2,6 +2,7 @@
 """The comparison as JSON, as a table, and as a figure: format error by rows, and the probe against it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 """How each is drawn; marks of different sizes, as recipes often lie at the same place."""
 MODES = ("thinking", "non_thinking")
 SETS = {"gsm8k": "GSM8K", "alpaca": "Alpaca", "flips": "flips"}
+PROBED = {
+    "trace begins · closes": ("thinking", ("trace_begins", "closes")),
+    "closes": ("thinking", ("closes",)),
+    "trace begins": ("thinking", ("trace_begins",)),
+    "closes inside": ("thinking", ("closes_inside",)),
+    "answer begins": ("non_thinking", ("answer_begins",)),
+}
+"""What is held against the format error of a mode: a probability of the probe, or a product of two. A reply in thinking
+mode has to begin as a trace does, and to close it: few rows of the treated recipe can bring the second alone."""
+PREDICTOR = next(iter(PROBED))
 
 
 def save(results: list[dict[str, Any]], folder: Path) -> str:
@@ -76,13 +87,17 @@ def table(results: list[dict[str, Any]]) -> str:
     if references:
         told = ", ".join(f"{tokens:.1f}" for tokens in sorted(references))
         lines += ["", f"The traces of the problems' own solutions have {told} tokens on average."]
-    points = scatter(results)
-    found = rank_correlation(points)
-    if found is not None:
-        lines += [
-            "",
-            f"Rank correlation (Spearman) of P(close | trace) and format error: {found:.2f}, n = {len(points)}.",
-        ]
+    named = ("rank correlation (Spearman) with the format error", "mode", *SETS.values(), "n")
+    found = {
+        (predictor, name): rank_correlation(scatter(results, predictor, name)) for predictor in PROBED for name in SETS
+    }
+    if any(value is not None for value in found.values()):
+        lines += ["", f"| {' | '.join(named)} |", f"|{'---|' * len(named)}"]
+        for predictor, (mode, _) in PROBED.items():
+            values = [mean([found[predictor, name]], ".2f") for name in SETS]
+            counts = sorted({len(scatter(results, predictor, name)) for name in SETS})
+            parts = (predictor, mode.replace("_", "-"), *values, "-".join(map(str, dict.fromkeys((counts[0], counts[-1])))))
+            lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
 
 
@@ -93,10 +108,18 @@ def grouped(results: list[dict[str, Any]]) -> list[tuple[int, str, list[dict[str
     return [group for group in found if group[2]]
 
 
-def scatter(results: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """P(close | trace) and the format error of thinking mode on problems, of each result that has both."""
-    pairs = [(row["probe"]["thinking"]["closes"], row["sets"]["gsm8k"]["thinking"]["format_error"]) for row in results]
-    return [(closes, error) for closes, error in pairs if closes is not None and error is not None]
+def scatter(
+    results: list[dict[str, Any]], predictor: str = PREDICTOR, name: str = "gsm8k"
+) -> list[tuple[float, float]]:
+    """What the probe says and the format error of the mode on a set, of each result that has both."""
+    mode, factors = PROBED[predictor]
+    points = []
+    for row in results:
+        values = [row["probe"][mode][factor] for factor in factors]
+        error = row["sets"][name][mode]["format_error"] if name in row["sets"] else None
+        if error is not None and None not in values:
+            points.append((math.prod(values), error))
+    return points
 
 
 def rank_correlation(points: list[tuple[float, float]]) -> float | None:
@@ -154,7 +177,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         known = [(row["rows"], row["probe"]["thinking"]["closes_inside"]) for row in own]
         given = [x for x, _ in known], [100 * (y or 0) for _, y in known]
         inside.plot(*given, linestyle="", **style)
-    probe.set(title="the probe and what is generated", xlabel="P(close | trace)", xlim=(-0.03, 1.03), ylim=(-3, 103))
+    probe.set(title="the probe and what is generated", xlabel="P(trace begins) · P(close | trace)", ylim=(-3, 103))
     inside.set_ylim(0, max([2.0, *(1.05 * top for top in inside.get_ylim())]))
     inside.set_xscale("log", base=2)
     inside.set_xticks(sizes, [str(size) for size in sizes])
