@@ -332,8 +332,8 @@ def test_the_table_and_the_figure_are_those_of_the_results(tmp_path):
         in table
     )
     assert "| 64 | default | Alpaca | non-thinking | - |" in table
-    assert "| trace begins · closes | thinking | -0.87 | -0.87 | -0.87 | 3 |" in table
-    assert "| closes inside | thinking | - | - | - | 3 |" in table  # the same everywhere: nothing to rank
+    assert "| trace begins · closes | thinking | -0.87 | -0.87 | -0.87 | 3/3/3 |" in table
+    assert "| closes inside | thinking | - | - | - | 3/3/3 |" in table  # the same everywhere: nothing to rank
     assert "| 32 | trl | non-thinking | 0.010 |" in table
     assert "own solutions have 90.0 tokens on average" in table
     assert json.loads((tmp_path / "comparison.json").read_text()) == results

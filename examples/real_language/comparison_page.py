@@ -95,8 +95,8 @@ def table(results: list[dict[str, Any]]) -> str:
         lines += ["", f"| {' | '.join(named)} |", f"|{'---|' * len(named)}"]
         for predictor, (mode, _) in PROBED.items():
             values = [mean([found[predictor, name]], ".2f") for name in SETS]
-            counts = sorted({len(scatter(results, predictor, name)) for name in SETS})
-            parts = (predictor, mode.replace("_", "-"), *values, "-".join(map(str, dict.fromkeys((counts[0], counts[-1])))))
+            counts = "/".join(str(len(scatter(results, predictor, name))) for name in SETS)
+            parts = (predictor, mode.replace("_", "-"), *values, counts)
             lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
 
