@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
+from transformers import TrainerState
 
 from thinkfusion import (
     Conversation,
@@ -21,7 +22,7 @@ from thinkfusion import (
     switch_probe,
     task_prompts,
 )
-from thinkfusion.callbacks import CLOSES_AT_LEAST
+from thinkfusion.callbacks import CLOSES_AT_LEAST, ENOUGH_STEPS
 from thinkfusion.probing import measure_probe, prepared_references, probe_references, task_pairs
 from thinkfusion.report_page import report_page
 from thinkfusion.reporting import measured_lines
@@ -170,6 +171,25 @@ def test_a_closing_token_that_lives_is_not_warned_of(tmp_path, model, base_token
     (point,) = trainer.switch_probe.history
     assert (point["step"], point["closes"] > CLOSES_AT_LEAST) == (2, True), point
     assert "Switch probe" not in caplog.text
+
+
+def test_few_steps_for_new_control_tokens_are_warned_of(tmp_path, model, base_tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, logger="thinkfusion.callbacks"):
+        trainer = trained(tmp_path, model, base_tokenizer, max_steps=2)
+        (record,) = [record for record in caplog.records if "optimizer steps" in record.message]
+        assert record.message.startswith("2 optimizer steps are few for new control tokens")
+        assert f"Train {ENOUGH_STEPS} steps or more" in record.message
+        caplog.clear()
+        state = TrainerState(max_steps=ENOUGH_STEPS, is_world_process_zero=True)
+        trainer.switch_probe.on_train_begin(trainer.args, state, trainer.control)
+        assert not caplog.records
+        state.max_steps = ENOUGH_STEPS - 1
+        trainer.switch_probe.on_train_begin(trainer.args, state, trainer.control)
+        assert len(caplog.records) == 1
+        caplog.clear()
+        trainer.control_tokens = trainer.control_tokens._replace(new={})
+        trainer.switch_probe.on_train_begin(trainer.args, state, trainer.control)
+        assert not caplog.records
 
 
 def test_the_probe_is_logged_at_every_evaluation_of_either_kind(tmp_path, model, base_tokenizer):

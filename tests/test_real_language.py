@@ -458,6 +458,21 @@ def test_of_each_share_so_many_problems_are_answered_by_their_solution(folder):
     assert shares[2] == len(problems) == 60
 
 
+def test_in_so_many_answers_the_solution_is_said_again(folder):
+    problems = [data.draw_written(row, 0) for row in data.read_data(folder).problems]
+    assert [treatments.say_again(row, 0, 0.0) for row in problems] == problems
+    said = [treatments.say_again(row, 0, 0.5) for row in problems]
+    changed = [(before, after) for before, after in zip(problems, said, strict=True) if before != after]
+    assert 15 < len(changed) < 45
+    assert any("written" in before for before, _ in changed) and any("written" not in before for before, _ in changed)
+    for before, after in changed:
+        (exchange,) = data.as_conversation([after]).exchanges
+        (old,) = data.as_conversation([before]).exchanges
+        assert exchange.steps[0].content == exchange.steps[0].reasoning == before["reasoning"]
+        # The other mode answers as before.
+        assert exchange.alternative[0].content == (old.alternative or old.steps)[0].content
+
+
 def test_a_treatment_is_looked_at_in_both_modes(folder, tmp_path, capsys):
     output = tmp_path / "out"
     output.mkdir()
@@ -467,7 +482,7 @@ def test_a_treatment_is_looked_at_in_both_modes(folder, tmp_path, capsys):
     assert (first["treatment"], first["step"], second["step"]) == ("default", 1, 2)
     for kind in ("gsm8k", "alpaca"):
         shares = [value for name, value in second[kind].items() if name != "gap"]
-        assert len(shares) == 5
+        assert len(shares) == 7
         assert all(0 <= share <= 1 for share in shares)
         assert second[kind] != first[kind]  # it trains, and what is seen is the model of that step
     assert treatments.line(second) in capsys.readouterr().out
@@ -479,8 +494,19 @@ def test_the_gap_is_how_much_the_mode_decides(tiny_models, base_tokenizer):
     added = install_chat_template(base_tokenizer, model)
     with torch.no_grad():  # new rows are all alike, so that the mode would not be seen
         model.get_input_embeddings().weight[added] = torch.randn(len(added), model.config.hidden_size)
-    texts = [("1 + 1?", "It is 2."), ("2 + 2?", "It is 4.")]
-    assert treatments.look(model, base_tokenizer, texts)["gap"] != 0
+    texts = [("1 + 1?", "It is 2.", "One and one."), ("2 + 2?", "It is 4.", "Twice two.")]
+    found = treatments.look(model, base_tokenizer, texts)
+    assert found["gap"] != 0
+    prompts = Prompter(base_tokenizer)
+    closing, ending = base_tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
+    seen = []
+    for question, text, trace in texts:
+        prompt = prompts.prompt_ids([{"role": "user", "content": question}], Mode.THINKING, None)
+        written = base_tokenizer(f"{trace}</think>{text}", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            seen.append(model(torch.tensor([[*prompt, *written]])).logits[0, -1].softmax(-1)[[closing, ending]])
+    again = torch.stack(seen).mean(0).tolist()
+    assert [found["again_closes"], found["again_ends"]] == pytest.approx(again, abs=2e-6)
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
     found = treatments.look(model, base_tokenizer, texts)

@@ -7,13 +7,16 @@ What breaks a switch is decided where a text ends: thinking mode has to close th
 the turn. So each treatment trains the same short problems for 40 steps, and every 10 steps the probabilities of both
 tokens are looked at, in both modes, after held-out solutions and after answers to instructions, a kind of text that
 was trained in no mode. `gap` is the difference between the modes of log P(close) - log P(end): 0 means that the mode
-decides nothing, whatever P(close) is. The base has one expert, so that a step is half as long as in `compare.py`.
+decides nothing, whatever P(close) is. `again` is what thinking mode writes after the same text as the answer, its trace
+being closed already: P(close) there is how often a reply closes a second time. The base has one expert, so that a step
+is half as long as in `compare.py`.
 """
 
 import argparse
 import gc
 import json
 import os
+import random
 import shutil
 import sys
 import time
@@ -34,13 +37,16 @@ from trainers import FROZEN, common_settings
 LONGEST_PROBLEM, LONGEST_ANSWER = 330, 400
 """Characters, so that a step is short."""
 HELD_OUT, ROWS_OF_A_STEP = 16, 3
+STATES = (*MODES, "again")
 
 
 class Treatment(NamedTuple):
-    """`written`: the share of problems whose non-thinking answer is the solution; settings of the trainer."""
+    """`written`: the share of problems whose non-thinking answer is the solution; settings of the trainer; `again`:
+    the share of those whose answer after the trace is the solution again."""
 
     written: float
     settings: dict[str, Any]
+    again: float = 0.0
 
 
 TREATMENTS = {
@@ -50,6 +56,7 @@ TREATMENTS = {
     "both-5": Treatment(0.5, {"control_token_weight": 5.0, "end_of_turn_weight": 5.0}),
     "stays": Treatment(0.5, {"control_token_weight": 15.0, "end_of_turn_weight": 10.0}),
     "default": Treatment(0.5, {}),
+    "again": Treatment(0.5, {}, 0.5),
 }
 """By name; "short" answers all problems by their last line in non-thinking mode, "written" by their solution. Weights
 that are given stay, those of the default fall."""
@@ -57,45 +64,65 @@ that are given stay, those of the default fall."""
 
 def train_rows(data: RealData, rows: int, treatment: Treatment, seed: int) -> list[Any]:
     short = [row for row in data.problems if len(row["question"] + row["reasoning"]) < LONGEST_PROBLEM]
-    return [as_conversation([draw_written(row, seed, treatment.written)]) for row in short[:rows]]
+    return [
+        as_conversation([say_again(draw_written(row, seed, treatment.written), seed, treatment.again)])
+        for row in short[:rows]
+    ]
 
 
-def endings(data: RealData) -> dict[str, list[tuple[str, str]]]:
-    """Held-out questions, and texts after which something ends."""
+def say_again(row: dict[str, str], seed: int, share: float) -> dict[str, str]:
+    """The problem, in that share of them with its solution again as the answer after the trace."""
+    if random.Random(f"again {seed} {row['question']}").random() >= share:
+        return row
+    return {**row, "answer": row["reasoning"], "written": row.get("written", row["answer"])}
+
+
+def endings(data: RealData) -> dict[str, list[tuple[str, str, str]]]:
+    """Held-out questions, texts after which something ends, and traces that precede such a text where it is said again.
+
+    Of problems the trace is the text, of instructions it is made by the rule of `data.trace_of`.
+    """
     problems = [row for row in data.tests if len(row["question"] + row["reasoning"]) < LONGEST_PROBLEM]
     asked = [row for row in data.held_out_instructions if len(row["answer"]) < LONGEST_ANSWER]
     return {
-        "gsm8k": [(row["question"], row["reasoning"]) for row in problems[:HELD_OUT]],
-        "alpaca": [(row["question"], row["answer"]) for row in asked[:HELD_OUT]],
+        "gsm8k": [(row["question"], row["reasoning"], row["reasoning"]) for row in problems[:HELD_OUT]],
+        "alpaca": [(row["question"], row["answer"], row["trace"]) for row in asked[:HELD_OUT]],
     }
 
 
-def look(model: Any, tokenizer: Any, texts: list[tuple[str, str]]) -> dict[str, float]:
-    """Mean probabilities of the closing token and of the end of the turn after the texts, by mode; that of the closing
-    token inside of them, in thinking mode; and the gap."""
+def look(model: Any, tokenizer: Any, texts: list[tuple[str, str, str]]) -> dict[str, float]:
+    """Mean probabilities of the closing token and of the end of the turn after the texts, by mode, and after the same
+    texts as answers to closed traces (`again`); that of the closing token inside of texts, in thinking mode; and the
+    gap."""
     import torch
 
-    from thinkfusion import Mode
+    from thinkfusion import Mode, render
     from thinkfusion.generation import Prompter
 
     prompter = Prompter(tokenizer)
     ends = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
-    logs: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
+    logs: dict[str, list[list[float]]] = {state: [] for state in STATES}
     inside = []
-    for question, text in texts:
+
+    def scores_of(ids: list[int]) -> Any:
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+    for question, text, trace in texts:
         written = tokenizer(text, add_special_tokens=False)["input_ids"]
         for mode in MODES:
             prompt = prompter.prompt_ids([{"role": "user", "content": question}], Mode.parse(mode), None)
-            with torch.no_grad():
-                scores = model(torch.tensor([[*prompt, *written]])).logits[0, len(prompt) - 1 :].float().log_softmax(-1)
+            scores = scores_of([*prompt, *written])[len(prompt) - 1 :]
             logs[mode].append(scores[-1, ends].tolist())
             if mode == "thinking":
                 inside.append(float(scores[:-1, ends[0]].exp().mean()))
-    found = {mode: torch.tensor(logs[mode], dtype=torch.float64) for mode in MODES}
-    odds = {mode: (each[:, 0] - each[:, 1]).mean() for mode, each in found.items()}
+        said = as_conversation([{"question": question, "reasoning": trace, "answer": text}])
+        logs["again"].append(scores_of(render(said, tokenizer, "thinking").ids[:-1])[-1, ends].tolist())
+    found = {state: torch.tensor(each, dtype=torch.float64) for state, each in logs.items()}
+    odds = {state: (each[:, 0] - each[:, 1]).mean() for state, each in found.items()}
     figures = {
-        f"{mode}_{name}": round(float(each.exp()[:, place].mean()), 6)
-        for mode, each in found.items()
+        f"{state}_{name}": round(float(each.exp()[:, place].mean()), 6)
+        for state, each in found.items()
         for place, name in enumerate(("closes", "ends"))
     }
     figures["thinking_closes_inside"] = round(sum(inside) / len(inside), 6)
@@ -132,7 +159,16 @@ def run(name: str, data: RealData, options: argparse.Namespace, work: Path) -> l
     return found
 
 
-COLUMNS = ("treatment", "step", "text", "thinking: P(close), P(end)", "non-thinking: P(close), P(end)", "gap", "inside")
+COLUMNS = (
+    "treatment",
+    "step",
+    "text",
+    "thinking: P(close), P(end)",
+    "non-thinking: P(close), P(end)",
+    "again: P(close), P(end)",
+    "gap",
+    "inside",
+)
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
@@ -140,7 +176,7 @@ def line(row: dict[str, Any]) -> str:
     lines = []
     for kind in ("gsm8k", "alpaca"):
         seen = row[kind]
-        pairs = [f"{seen[f'{mode}_closes']:.2f}, {seen[f'{mode}_ends']:.2f}" for mode in MODES]
+        pairs = [f"{seen[f'{state}_closes']:.2f}, {seen[f'{state}_ends']:.2f}" for state in STATES]
         parts = (
             row["treatment"],
             row["step"],
