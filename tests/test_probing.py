@@ -22,7 +22,7 @@ from thinkfusion import (
     switch_probe,
     task_prompts,
 )
-from thinkfusion.callbacks import CLOSES_AT_LEAST, ENOUGH_STEPS
+from thinkfusion.callbacks import CLOSES_AT_LEAST, ENOUGH_STEPS, StepsCheck
 from thinkfusion.probing import measure_probe, prepared_references, probe_references, task_pairs
 from thinkfusion.report_page import report_page
 from thinkfusion.reporting import measured_lines
@@ -173,23 +173,29 @@ def test_a_closing_token_that_lives_is_not_warned_of(tmp_path, model, base_token
     assert "Switch probe" not in caplog.text
 
 
-def test_few_steps_for_new_control_tokens_are_warned_of(tmp_path, model, base_tokenizer, caplog):
+@pytest.mark.parametrize("probe_rows", [0, 8])
+def test_few_steps_for_new_control_tokens_are_warned_of(tmp_path, model, base_tokenizer, caplog, probe_rows):
     with caplog.at_level(logging.WARNING, logger="thinkfusion.callbacks"):
-        trainer = trained(tmp_path, model, base_tokenizer, max_steps=2)
+        trained(tmp_path, model, base_tokenizer, max_steps=2, probe_rows=probe_rows)
         (record,) = [record for record in caplog.records if "optimizer steps" in record.message]
         assert record.message.startswith("2 optimizer steps are few for new control tokens")
         assert f"Train {ENOUGH_STEPS} steps or more" in record.message
         caplog.clear()
-        state = TrainerState(max_steps=ENOUGH_STEPS, is_world_process_zero=True)
-        trainer.switch_probe.on_train_begin(trainer.args, state, trainer.control)
-        assert not caplog.records
-        state.max_steps = ENOUGH_STEPS - 1
-        trainer.switch_probe.on_train_begin(trainer.args, state, trainer.control)
-        assert len(caplog.records) == 1
-        caplog.clear()
-        trainer.control_tokens = trainer.control_tokens._replace(new={})
-        trainer.switch_probe.on_train_begin(trainer.args, state, trainer.control)
-        assert not caplog.records
+        # The model knows them now.
+        trainer = trained(tmp_path / "again", model, base_tokenizer, max_steps=2, control_token_weight=2.0)
+        assert trainer.control_tokens.new == {}
+        assert "optimizer steps" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("steps", "main_process", "warnings"),
+    [(ENOUGH_STEPS - 1, True, 1), (ENOUGH_STEPS - 1, False, 0), (ENOUGH_STEPS, True, 0)],
+)
+def test_enough_steps_are_not_warned_of(steps, main_process, warnings, caplog):
+    state = TrainerState(max_steps=steps, is_world_process_zero=main_process)
+    with caplog.at_level(logging.WARNING, logger="thinkfusion.callbacks"):
+        StepsCheck().on_train_begin(None, state, None)
+    assert len(caplog.records) == warnings
 
 
 def test_the_probe_is_logged_at_every_evaluation_of_either_kind(tmp_path, model, base_tokenizer):

@@ -161,7 +161,7 @@ if rank == 0:
         json.dump(found, file)
 dist.destroy_process_group()
 # The mesh keeps gloo's threads alive beyond this. One that still holds a tensor of Python when the interpreter ends
-# aborts the process (pytorch/pytorch#179291): once in some hundred runs, after all the work was done.
+# aborts the process (pytorch/pytorch#179291), as was seen once here, after all the work was done.
 sys.stdout.flush()
 os._exit(0)
 """

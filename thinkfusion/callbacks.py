@@ -102,16 +102,13 @@ class ModeEvaluationCallback(TrainerCallback):
 
 CLOSES_AT_LEAST = 0.05
 """The closing token's probability that is expected after a tenth of a training; a row that learns is far above it."""
-ENOUGH_STEPS = 50
-"""Steps in which new control tokens part the modes (`examples/real_language`: 52 were enough on problems, 26 not)."""
 
 
 class SwitchProbeCallback(TrainerCallback):
     """The switch probe (`thinkfusion.probing`) while training: at every evaluation, of either kind, and at a tenth.
 
     Logs `eval_probe_<name>` of `closes`, `closes_inside`, `trace_begins` and `answer_begins`; `history` has them by
-    step. After a tenth of the steps it warns if the model does not close its traces yet: by then it should. It warns
-    before the first step if there are too few for control tokens that are new.
+    step. After a tenth of the steps it warns if the model does not close its traces yet: by then it should.
     The random state is left as it was.
     """
 
@@ -121,9 +118,6 @@ class SwitchProbeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.last = None  # steps are counted anew
-        treatment = self.trainer.control_tokens
-        if treatment is not None and treatment.new and state.max_steps < ENOUGH_STEPS and state.is_world_process_zero:
-            logger.warning("%s", too_few_steps(state.max_steps))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if state.global_step == max(1, -(-state.max_steps // 10)):
@@ -179,13 +173,22 @@ def dead_closing_token(closes: float, step: int, steps: int) -> str:
     )
 
 
-def too_few_steps(steps: int) -> str:
-    """What to do where new control tokens get a few steps only."""
-    return (
-        f"{steps:,} optimizer steps are few for new control tokens: after 26, a fifth of the non-thinking replies of a "
-        f"model that we measured broke their mode, after 103 none. Train {ENOUGH_STEPS} steps or more: with more rows, "
-        "more epochs or smaller batches."
-    )
+ENOUGH_STEPS = 50
+"""Steps in which new control tokens part the modes (`examples/real_language`: 52 were enough on problems, 26 not)."""
+
+
+class StepsCheck(TrainerCallback):
+    """Where control tokens are new: warns before the first step if there are fewer than `ENOUGH_STEPS`."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.max_steps < ENOUGH_STEPS and state.is_world_process_zero:
+            logger.warning(
+                "%s optimizer steps are few for new control tokens: after 26, a fifth of the non-thinking replies of a "
+                "model that we measured broke their mode, after 52 almost none. Train %s steps or more: with more "
+                "rows, more epochs or smaller batches.",
+                f"{state.max_steps:,}",
+                ENOUGH_STEPS,
+            )
 
 
 class GradientCheck(TrainerCallback):

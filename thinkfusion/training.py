@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from thinkfusion.balance import Balancer, BiasUpdate
-from thinkfusion.callbacks import GradientCheck, RoutingCallback, SwitchProbeCallback
+from thinkfusion.callbacks import GradientCheck, RoutingCallback, StepsCheck, SwitchProbeCallback
 from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template
 from thinkfusion.checkpointing import checkpoint_to_train
 from thinkfusion.configuration import ThinkFusionConfig
@@ -214,6 +214,8 @@ class ThinkFusionTrainer(HubTrainer):
         """Train; the rows of a stream are reported when it has been read to its end."""
         if self.control_tokens is None:
             self.control_tokens = self._treated()
+            if self.control_tokens.new:
+                self.add_callback(StepsCheck())
             if self.args.process_index == 0:
                 # What is done by default to tokens that are new is told to everyone who reads warnings.
                 level = logging.WARNING if self.control_tokens.new else logging.INFO
