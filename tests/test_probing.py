@@ -23,18 +23,21 @@ from thinkfusion import (
     task_prompts,
 )
 from thinkfusion.callbacks import CLOSES_AT_LEAST, ENOUGH_STEPS, StepsCheck
-from thinkfusion.probing import measure_probe, prepared_references, probe_references, task_pairs
+from thinkfusion.probing import as_reference, measure_probe, prepared_references, probe_references, task_pairs
 from thinkfusion.report_page import report_page
 from thinkfusion.reporting import measured_lines
 
 from .test_training import config, conversations, logged
 
-NAMES = {"thinking": ("closes", "closes_inside", "trace_begins"), "non_thinking": ("answer_begins",)}
+NAMES = {
+    "thinking": ("closes", "closes_inside", "closes_again", "trace_begins"),
+    "non_thinking": ("answer_begins", "answer_closes"),
+}
 
 
 def by_hand(model, tokenizer, rows, scheme="control"):
     """Each row alone, each place by itself."""
-    closing = tokenizer.convert_tokens_to_ids("</think>")
+    closing, end_of_turn = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
     found = {name: [] for names in NAMES.values() for name in names}
     model.eval()
     for row in rows:
@@ -46,19 +49,22 @@ def by_hand(model, tokenizer, rows, scheme="control"):
                 with torch.no_grad():
                     return float(model(torch.tensor([ids[:place]])).logits[0, -1].softmax(-1)[token])
 
+            answered = rendered.ids.index(end_of_turn, first)
             if mode is Mode.NON_THINKING:
                 found["answer_begins"].append(at(first, rendered.ids[first]))
+                found["answer_closes"].append(at(answered, closing))
                 continue
             end = rendered.ids.index(closing, first)
             found["trace_begins"].append(at(first, rendered.ids[first]))
             found["closes"].append(at(end, closing))
+            found["closes_again"].append(at(answered, closing))
             found["closes_inside"].append(sum(at(place, closing) for place in range(first, end)) / (end - first))
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 @pytest.mark.parametrize("scheme", ["control", "empty-block"])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_the_four_probabilities_are_those_of_each_place_by_itself(model, base_tokenizer, scheme, batch_size):
+def test_the_probabilities_are_those_of_each_place_by_itself(model, base_tokenizer, scheme, batch_size):
     install_chat_template(base_tokenizer, model, scheme=scheme)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=1.0)  # far from even
     rows = task_pairs(5)
@@ -125,10 +131,10 @@ def test_a_template_of_others_is_probed_by_its_own_prompts(model, base_tokenizer
 def test_prepared_sequences_give_the_same_figures(model, tokenizer):
     install_chat_template(tokenizer, model)
     rows = task_pairs(6)
-    closing = tokenizer.convert_tokens_to_ids("</think>")
+    closing, end_of_turn = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
     stream, _ = prepare(rows, tokenizer, streaming=True)
     for sequences in (prepare(rows, tokenizer)[0], stream):
-        references = prepared_references(sequences, closing, samples=4)
+        references = prepared_references(sequences, closing, {end_of_turn}, samples=4)
         assert [reference.mode for reference in references] == [Mode.THINKING] * 4 + [Mode.NON_THINKING] * 4
         found = probe_references(model, references, closing)
         expected = switch_probe(model, tokenizer, rows[:4])
@@ -138,7 +144,7 @@ def test_prepared_sequences_give_the_same_figures(model, tokenizer):
             )
 
 
-def test_the_entry_of_a_report_has_all_four(model, tokenizer):
+def test_the_entry_of_a_report_has_all(model, tokenizer):
     install_chat_template(tokenizer, model)
     found = measure_probe(model, tokenizer, samples=2)
     assert set(found) == {"samples"} | {
@@ -244,3 +250,19 @@ def test_the_report_tells_and_draws_the_probe(model, tokenizer):
     del report.measured["probe"]["closes_inside"]  # as in reports from before
     assert "inside traces" not in "".join(measured_lines(report))
     report_page(report)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mode", "closing_id", "closing", "end", "kept"),
+    [
+        ([9, 1, 2, 7, 3, 8, 5], Mode.THINKING, 7, 3, 5, 6),
+        ([9, 1, 2, 7, 3, 8, 5], Mode.NON_THINKING, 7, None, 5, 6),
+        ([9, 1, 2, 8, 7, 3, 8], Mode.THINKING, 7, 4, 6, 7),  # what ends a turn inside the trace is not its end
+        ([9, 1, 2, 7, 3], Mode.THINKING, 7, 3, None, 4),  # cut: the answer has no end
+        ([9, 1, 2, 3, 8], Mode.THINKING, 7, None, None, 2),  # no trace is closed: nothing can close again
+        ([9, 1, 2, 8, 3, 8], Mode.THINKING, 8, 3, None, 4),  # one token ends traces and turns: it is right there
+        ([9, 1, 2, 8], Mode.NON_THINKING, 8, None, None, 2),
+    ],
+)
+def test_the_places_that_are_looked_at(ids, mode, closing_id, closing, end, kept):
+    assert as_reference(ids, mode, 1, closing_id, {8}) == (ids[:kept], mode, 1, closing, end)

@@ -316,6 +316,7 @@ def result(recipe, rows, seed, closes, error):
         "seed": seed,
         "rows": rows,
         "instructions": "non_thinking",
+        "dtype": "float32",
         "sets": sets,
         "trained_tokens": 1234,
         "training_seconds": 5.0,
@@ -400,6 +401,7 @@ def test_a_point_is_trained_and_measured(folder, recipe, quiet):
     assert compare.run(job)
     (row,) = compare.finished([job])
     assert (row["recipe"], row["seed"], row["rows"], row["steps"]) == (recipe, 0, 8, 2)
+    assert row["dtype"] == "float32"
     assert row["trained_tokens"] > 100
     assert row["reference_reasoning_tokens"] > 1
     assert set(row["probe"]["thinking"]) >= {"closes", "closes_inside", "trace_begins"}
@@ -412,17 +414,20 @@ def test_a_point_is_trained_and_measured(folder, recipe, quiet):
     assert (folder / "out" / "models" / job.name / "config.json").is_file() == (recipe == "default")
 
 
-def test_a_point_stops_in_time_and_goes_on(folder, quiet):
+def test_a_point_stops_in_time_and_goes_on(folder, quiet, monkeypatch):
     assert not compare.run(job_of("default", folder, seconds=60.0))  # nothing begins so near the end
-    late = job_of("default", folder, seconds=3600.0)
-    object.__setattr__(late, "check_time", lambda: None)
-    object.__setattr__(late, "deadline", time.time())
-    assert not compare.run(late)
+    late = job_of("default", folder, seconds=0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(compare.Job, "check_time", lambda job: None)
+        assert not compare.run(late)
     assert (late.work / "training" / "checkpoint-1").is_dir()
     assert not late.result.exists()
-    assert compare.run(job_of("default", folder))
+    elsewhere = job_of("default", folder)
+    elsewhere.setting["bf16"] = True
+    assert compare.run(elsewhere)
     (row,) = compare.finished([late])
     assert row["steps"] == 2
+    assert row["dtype"] == "float32"  # what the point was begun in, whatever this machine is faster in
 
 
 def test_points_run_at_once_and_none_begins_after_one_that_ran_out_of_time(folder, monkeypatch):

@@ -107,9 +107,9 @@ CLOSES_AT_LEAST = 0.05
 class SwitchProbeCallback(TrainerCallback):
     """The switch probe (`thinkfusion.probing`) while training: at every evaluation, of either kind, and at a tenth.
 
-    Logs `eval_probe_<name>` of `closes`, `closes_inside`, `trace_begins` and `answer_begins`; `history` has them by
-    step. After a tenth of the steps it warns if the model does not close its traces yet: by then it should.
-    The random state is left as it was.
+    Logs `eval_probe_<name>` of each name of `thinkfusion.probing.PROBED`; `history` has them by step. After a tenth of
+    the steps it warns if the model does not close its traces yet: by then it should. The random state is left as it
+    was.
     """
 
     def __init__(self, trainer: SFTTrainer, references: Sequence[Reference], closing_id: int) -> None:

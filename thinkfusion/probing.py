@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -14,7 +14,7 @@ from thinkfusion.conversations import Conversation
 from thinkfusion.formats import RecordOptions, detect_format
 from thinkfusion.generation import Prompter
 from thinkfusion.intervals import mean
-from thinkfusion.modes import Mode
+from thinkfusion.modes import Mode, end_ids
 from thinkfusion.records import read_row
 from thinkfusion.rendering import IGNORED, render, scheme_of
 from thinkfusion.sequences import MODES
@@ -23,17 +23,25 @@ from thinkfusion.tasks import generate_samples
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROBED = {Mode.THINKING: ("closes", "closes_inside", "trace_begins"), Mode.NON_THINKING: ("answer_begins",)}
+PROBED = {
+    Mode.THINKING: ("closes", "closes_inside", "closes_again", "trace_begins"),
+    Mode.NON_THINKING: ("answer_begins", "answer_closes"),
+}
 """The probabilities of each mode."""
 
 
 class Reference(NamedTuple):
-    """A sequence to be looked at: `first` is where what the model writes begins, `closing` where its trace ends."""
+    """A sequence to be looked at.
+
+    first: where what the model writes begins. closing: where its trace ends. end: where its answer ends; the token
+    there is not looked at. Each None if there is no such place.
+    """
 
     ids: list[int]
     mode: Mode
     first: int
     closing: int | None
+    end: int | None
 
 
 def switch_probe(
@@ -50,8 +58,10 @@ def switch_probe(
 
     By mode, means over the rows with 95 % intervals. `thinking`: `closes`, the probability of the closing token after
     the whole reference trace; `closes_inside`, that of the same token before, mean over the places of the trace (near
-    0: no trace is cut short); `trace_begins`, that of the first token after the prefix. `non_thinking`:
-    `answer_begins`, that of the answer's first token. `samples` are the rows, in all and of each mode.
+    0: no trace is cut short); `closes_again`, that of the same token after the whole answer (near 0: no reply closes a
+    second time); `trace_begins`, that of the first token after the prefix. `non_thinking`: `answer_begins`, that of
+    the answer's first token; `answer_closes`, that of the closing token after the whole answer (near 0: answers end by
+    ending the turn). `samples` are the rows, in all and of each mode. None where no row has such a place.
 
     Eight rows cost 3.5 % of an evaluation of 64 prompts by generation (the demo's checkpoint, one core). Works with
     any switchable template.
@@ -98,6 +108,7 @@ class Prober:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.scheme = tokenizer, scheme_of(tokenizer)
         self.closing_id: int = tokenizer.convert_tokens_to_ids(self.scheme.closing_token)
+        self.end_ids = end_ids(tokenizer, self.scheme)
         self._prompter = None if installed_template(tokenizer) else Prompter(tokenizer)
 
     def references(self, row: Conversation) -> Iterator[Reference]:
@@ -106,7 +117,7 @@ class Prober:
             if mode is Mode.THINKING and not row.exchanges[-1].has_reasoning:
                 continue
             ids, first = self._rendered(row, mode)
-            yield as_reference(ids, mode, first, self.closing_id)
+            yield as_reference(ids, mode, first, self.closing_id, self.end_ids)
 
     def _rendered(self, row: Conversation, mode: Mode) -> tuple[list[int], int]:
         if self._prompter is None:
@@ -121,19 +132,28 @@ class Prober:
         if mode is Mode.THINKING:
             start, end = "".join(self.scheme.thinking_start), "".join(self.scheme.thinking_end)
             written = start + (step.reasoning or "") + end + written
-        return [*ids, *self.tokenizer(written, add_special_tokens=False)["input_ids"]], len(ids)
+        replied = self.tokenizer(written, add_special_tokens=False)["input_ids"]
+        return [*ids, *replied, *sorted(self.end_ids)[:1]], len(ids)
 
 
-def as_reference(ids: Sequence[int], mode: Mode, first: int, closing_id: int) -> Reference:
-    """A reference without what follows the last place that is looked at."""
+def as_reference(ids: Sequence[int], mode: Mode, first: int, closing_id: int, ends: Collection[int]) -> Reference:
+    """A reference without what follows the last place that is looked at; `ends` are the tokens that end a turn."""
     closing = None
     if mode is Mode.THINKING and closing_id in ids[first:]:
         closing = list(ids).index(closing_id, first)
-    return Reference(list(ids[: (first if closing is None else closing) + 1]), mode, first, closing)
+    begun = first if closing is None else closing + 1
+    end = next((place for place in range(begun, len(ids)) if ids[place] in ends), None)
+    if (mode is Mode.THINKING and closing is None) or closing_id in ends:
+        end = None  # there is no closing token, or it is right there
+    last = max(place for place in (first, closing, end) if place is not None)
+    return Reference(list(ids[: last + 1]), mode, first, closing, end)
 
 
-def prepared_references(sequences: Any, closing_id: int, *, samples: int) -> list[Reference]:
-    """References of the first `samples` sequences of each mode of a data set that `prepare` made, or of a stream."""
+def prepared_references(sequences: Any, closing_id: int, ends: Collection[int], *, samples: int) -> list[Reference]:
+    """References of the first `samples` sequences of each mode of a data set that `prepare` made, or of a stream.
+
+    ends: the tokens that end a turn.
+    """
     from datasets import Dataset
 
     found: dict[Mode, list[Reference]] = {mode: [] for mode in Mode}
@@ -148,7 +168,8 @@ def prepared_references(sequences: Any, closing_id: int, *, samples: int) -> lis
         labels = [int(label) for label in row["labels"]]
         first = next((index for index, label in enumerate(labels) if label != IGNORED), None)
         if first is not None and len(found[mode]) < samples:
-            found[mode].append(as_reference([int(token) for token in row["input_ids"]], mode, first, closing_id))
+            ids = [int(token) for token in row["input_ids"]]
+            found[mode].append(as_reference(ids, mode, first, closing_id, ends))
     return [reference for mode in Mode for reference in found[mode]]
 
 
@@ -190,17 +211,18 @@ def probe_references(
 
 def _note(values: dict[str, list[float]], reference: Reference, scores: Any, closing_id: int) -> None:
     """Add a row's probabilities; scores: (length, vocabulary). What stands at a place is told from the one before."""
-    ids, first, closing = reference.ids, reference.first, reference.closing
+    ids, first, closing, end = reference.ids, reference.first, reference.closing, reference.end
+    thinking = reference.mode is Mode.THINKING
     logs = scores[first - 1 : len(ids) - 1].float().log_softmax(-1)  # (what the model writes, vocabulary)
-    begins = "trace_begins" if reference.mode is Mode.THINKING else "answer_begins"
-    if closing != first:
-        values[begins].append(float(logs[0, ids[first]].exp()))
-    if closing is None:
-        return
     closes = logs[:, closing_id].exp()
-    values["closes"].append(float(closes[closing - first]))
-    if closing > first:
-        values["closes_inside"].append(float(closes[: closing - first].mean()))
+    if closing != first:
+        values["trace_begins" if thinking else "answer_begins"].append(float(logs[0, ids[first]].exp()))
+    if closing is not None:
+        values["closes"].append(float(closes[closing - first]))
+        if closing > first:
+            values["closes_inside"].append(float(closes[: closing - first].mean()))
+    if end is not None:
+        values["closes_again" if thinking else "answer_closes"].append(float(closes[end - first]))
 
 
 @contextmanager

@@ -362,8 +362,10 @@ def _probe(figures: Figures) -> str:
         for name, label, about in (
             ("closes", "the closing token", "after a whole reference trace"),
             ("closes_inside", "the closing token, early", "inside the reference traces, mean over their places"),
+            ("closes_again", "the closing token, again", "after a whole answer of thinking mode"),
             ("trace_begins", "the trace's first token", "after the prefix of thinking mode"),
             ("answer_begins", "the answer's first token", "after the prefix of non-thinking mode"),
+            ("answer_closes", "the closing token, in place of the end", "after a whole answer of non-thinking mode"),
         )
     ]
     about = (
@@ -391,8 +393,10 @@ def _probe_history(figures: Figures) -> str:
         for name, label, kind in (
             ("closes", "closing token after the trace", "t"),
             ("closes_inside", "closing token inside it", "t dashed"),
+            ("closes_again", "closing token again", "t dashdot"),
             ("trace_begins", "trace begins", "t dotted"),
             ("answer_begins", "answer begins", "n"),
+            ("answer_closes", "closing token after the answer", "n dashed"),
         )
     ]
     drawn = step_plot([line for line in lines if line.points], "The switch probe over the steps of training")

@@ -66,8 +66,14 @@ def measured_lines(report: ModeReport) -> list[str]:
     ]
     if "probe" in report.measured:
         probe = report.measured["probe"]
-        names = {"closes": "closing token", "closes_inside": "inside traces", "trace_begins": "trace"}
-        names["answer_begins"] = "answer"
+        names = {
+            "closes": "closing token",
+            "closes_inside": "inside traces",
+            "closes_again": "again",
+            "trace_begins": "trace",
+            "answer_begins": "answer",
+            "answer_closes": "closing token after it",
+        }
         known = ((text, probe.get(name)) for name, text in names.items())
         lines.append("probe: " + ", ".join(f"{text} {value:.3f}" for text, value in known if value is not None))
     if "comparison" in report.measured:

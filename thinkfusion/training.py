@@ -32,11 +32,12 @@ from thinkfusion.control_tokens import (
 )
 from thinkfusion.conversations import Conversation
 from thinkfusion.hub_training import HubTrainer
+from thinkfusion.modes import end_ids
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
 from thinkfusion.probing import prepared_references, probe_entry, probe_references
 from thinkfusion.quantising import is_quantised
-from thinkfusion.rendering import IGNORED
+from thinkfusion.rendering import IGNORED, scheme_of
 from thinkfusion.routing import RouteCounter
 from thinkfusion.row_report import RowReport
 from thinkfusion.sampling_defaults import set_generation_defaults
@@ -147,7 +148,8 @@ class ThinkFusionTrainer(HubTrainer):
         """The switch probe on the way; not where a process holds a part of the weights only."""
         if not self.args.probe_rows or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
-        references = prepared_references(sequences, self._closing_id, samples=self.args.probe_rows)
+        ends = end_ids(self.processing_class, scheme_of(self.processing_class))
+        references = prepared_references(sequences, self._closing_id, ends, samples=self.args.probe_rows)
         if not references:
             return None
         probe = SwitchProbeCallback(self, references, self._closing_id)

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -79,6 +79,17 @@ class Job:
     @property
     def work(self) -> Path:
         return Path(self.folder, "work", self.name)
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.setting["bf16"] else "float32"
+
+    def as_begun(self) -> "Job":
+        """In the precision of its beginning, where another machine goes on with it."""
+        begun = self.work / "bf16.json"
+        if not begun.is_file():
+            write(begun, json.dumps(self.setting["bf16"]))
+        return replace(self, setting={**self.setting, "bf16": json.loads(begun.read_text(encoding="utf-8"))})
 
     def check_time(self) -> None:
         if time.time() > self.deadline - 60 * LAST_MINUTES:
@@ -164,7 +175,7 @@ def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], f
 
     job.check_time()
     setting = job.setting
-    model, tokenizer = load_checkpoint(job.work / "model", dtype="bfloat16" if setting["bf16"] else "float32")
+    model, tokenizer = load_checkpoint(job.work / "model", dtype=job.dtype)
     model.to(setting["device"])
     choose_experts(model, job.setting["device"])
     rows = min(PROBE_ROWS, 2 * setting["sets"]["gsm8k"])
@@ -241,7 +252,7 @@ def run(job: Job) -> bool:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("thinkfusion").setLevel(logging.ERROR)
-    job.work.mkdir(parents=True, exist_ok=True)
+    job = job.as_begun()
     # What trainers print is not for the one who waits for the table.
     sys.stdout = (job.work / "log.txt").open("a", encoding="utf-8", buffering=1)
     data = read_data(Path(job.setting["data"]))
@@ -256,6 +267,7 @@ def run(job: Job) -> bool:
         "rows": job.rows,
         "instructions": job.setting["instructions"],
         "device": device_name(job.setting["device"]),
+        "dtype": job.dtype,
         **trained,
         "reference_reasoning_tokens": reference,
         "probe": probe,
@@ -305,7 +317,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     told = "points at a time, each with its own memory (default: %(default)s)"
     parser.add_argument("--at_once", type=int, default=1, help=told)
-    told = "compute in bfloat16 (default: where a product of matrices is faster so)"
+    told = "compute new points in bfloat16 (default: where a product of matrices is faster so)"
     parser.add_argument("--bf16", default=None, action=argparse.BooleanOptionalAction, help=told)
     return parser.parse_args()
 
@@ -325,11 +337,8 @@ def is_faster_in_bfloat16(device: str) -> bool:
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-def setting_of(options: argparse.Namespace, kept: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for results to stand in one table; `kept` is that of the results that are there."""
-    bf16 = options.bf16
-    if bf16 is None:
-        bf16 = kept["bf16"] if kept else is_faster_in_bfloat16(options.device)
+def setting_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What must be equal for results to stand in one table; what each is computed in stands beside it."""
     return {
         "base": str(options.base or options.output / "base"),
         "data": str(options.data),
@@ -338,7 +347,6 @@ def setting_of(options: argparse.Namespace, kept: dict[str, Any]) -> dict[str, A
         "sets": {**(QUICK["sets"] if options.quick else SETS), **(options.sets or {})},
         "max_new_tokens": options.max_new_tokens or (QUICK["max_new_tokens"] if options.quick else 256),
         "temperature": options.temperature,
-        "bf16": bf16,
     }
 
 
@@ -382,7 +390,7 @@ def main() -> None:
     deadline = time.time() + 60 * options.minutes
     kept = options.output / "jobs" / "setting.json"
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    setting = setting_of(options, before)
+    setting = setting_of(options)
     if options.at_once < 1:
         sys.exit(f"compare: --at_once: found {options.at_once}, expected at least 1.")
     if before not in ({}, setting):
@@ -396,6 +404,7 @@ def main() -> None:
     del data
     write(kept, json.dumps(setting))
     further = {name: getattr(options, name) for name in ("threads", "device", "batch_size", "keep_models")}
+    further["bf16"] = is_faster_in_bfloat16(options.device) if options.bf16 is None else options.bf16
     # The smallest first, all recipes of it, so that a part of the run is a table already.
     jobs = [
         Job(recipe, seed, rows, {**setting, **further}, str(options.output), deadline)

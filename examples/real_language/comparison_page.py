@@ -19,7 +19,9 @@ PROBED = {
     "closes": ("thinking", ("closes",)),
     "trace begins": ("thinking", ("trace_begins",)),
     "closes inside": ("thinking", ("closes_inside",)),
+    "closes again": ("thinking", ("closes_again",)),
     "answer begins": ("non_thinking", ("answer_begins",)),
+    "answer closes": ("non_thinking", ("answer_closes",)),
 }
 """What is held against the format error of a mode: a probability of the probe, or a product of two. A reply in thinking
 mode has to begin as a trace does, and to close it: few rows of the treated recipe can bring the second alone."""
@@ -73,14 +75,20 @@ def table(results: list[dict[str, Any]]) -> str:
                 tokens = mean([cell["reasoning_tokens"] for cell in cells], ".1f")
                 parts = (str(rows), recipe, title, mode.replace("_", "-"), shares[0], told, *shares[1:], tokens)
                 lines.append(f"| {' | '.join(parts)} |")
-    probed = ("rows", "recipe", "instructions", "closes", "closes inside", "trace begins", "answer begins")
-    probed += ("trained tokens", "seconds")
+    probed = ("rows", "recipe", "instructions", "closes", "closes inside", "closes again", "trace begins")
+    probed += ("answer begins", "answer closes", "trained tokens", "seconds", "dtype")
     lines += ["", f"| {' | '.join(probed)} |", f"|{'---|' * len(probed)}"]
     for rows, recipe, given in grouped(results):
-        thinking = [row["probe"]["thinking"] for row in given]
-        parts = [mean([each[key] for each in thinking], ".3f") for key in ("closes", "closes_inside", "trace_begins")]
-        parts.append(mean([row["probe"]["non_thinking"]["answer_begins"] for row in given], ".3f"))
+        parts = [
+            mean([row["probe"][mode].get(key) for row in given], ".3f")
+            for mode, keys in (
+                ("thinking", ("closes", "closes_inside", "closes_again", "trace_begins")),
+                ("non_thinking", ("answer_begins", "answer_closes")),
+            )
+            for key in keys
+        ]
         parts += [mean([row[key] for row in given], ",.0f") for key in ("trained_tokens", "training_seconds")]
+        parts.append(", ".join(sorted({row["dtype"] for row in given})))
         trained_how = ", ".join(sorted({row["instructions"].replace("_", "-") for row in given}))
         lines.append(f"| {' | '.join((str(rows), recipe, trained_how, *parts))} |")
     references = {round(row["reference_reasoning_tokens"], 1) for row in results}
@@ -115,7 +123,7 @@ def scatter(
     mode, factors = PROBED[predictor]
     points = []
     for row in results:
-        values = [row["probe"][mode][factor] for factor in factors]
+        values = [row["probe"][mode].get(factor) for factor in factors]
         error = row["sets"][name][mode]["format_error"] if name in row["sets"] else None
         if error is not None and None not in values:
             points.append((math.prod(values), error))
