@@ -351,6 +351,10 @@ def test_what_the_probe_is_held_against():
     assert comparison_page.scatter(given, "trace begins", "alpaca") == [(0.5, 0.75), (0.5, 0.25)]
     assert comparison_page.scatter(given, "answer begins", "alpaca") == [(0.25, 0.25)]
     assert comparison_page.scatter(given, "closes", "flips") == []
+    assert comparison_page.scatter(given, "answer closes, instructions") == []  # results from before it was looked for
+    closed["probe_instructions"] = {"thinking": {"closes_again": 0.125}, "non_thinking": {"answer_closes": 0.5}}
+    assert comparison_page.scatter(given, "closes again, instructions", "alpaca") == [(0.125, 0.25)]
+    assert comparison_page.scatter(given, "answer closes, instructions", "alpaca") == [(0.5, 0.25)]
 
 
 def test_the_rank_correlation():
@@ -404,7 +408,11 @@ def test_a_point_is_trained_and_measured(folder, recipe, quiet):
     assert row["dtype"] == "float32"
     assert row["trained_tokens"] > 100
     assert row["reference_reasoning_tokens"] > 1
-    assert set(row["probe"]["thinking"]) >= {"closes", "closes_inside", "trace_begins"}
+    for kind in ("probe", "probe_written", "probe_instructions"):
+        assert set(row[kind]["thinking"]) >= {"closes", "closes_inside", "closes_again", "trace_begins"}
+        assert 0 < row[kind]["non_thinking"]["answer_closes"] < 1
+    assert row["probe"]["thinking"] == row["probe_written"]["thinking"]  # the same problems, another answer
+    assert row["probe"]["non_thinking"] != row["probe_written"]["non_thinking"]
     for name, samples in (("gsm8k", 2), ("alpaca", 2), ("flips", 3)):
         for mode in Mode:
             cell = row["sets"][name][mode.value]

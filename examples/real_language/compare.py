@@ -165,7 +165,7 @@ def seconds_before(job: Job) -> float:
 
 
 def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """The probe and the sets of a trained checkpoint, and how long the references' traces of the problems are.
+    """The probes and the sets of a trained checkpoint, and how long the references' traces of the problems are.
 
     A set that is measured already is read.
     """
@@ -179,7 +179,9 @@ def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], f
     model.to(setting["device"])
     choose_experts(model, job.setting["device"])
     rows = min(PROBE_ROWS, 2 * setting["sets"]["gsm8k"])
-    probe = switch_probe(model, tokenizer, data.probe_pairs(rows))
+    pairs = {"probe": data.probe_pairs(rows)}
+    pairs |= {f"probe_{kind}": found for kind, found in data.further_pairs(rows).items()}
+    probes = {name: switch_probe(model, tokenizer, found) for name, found in pairs.items()}
     # No top-p: sorting a vocabulary for each token of each reply takes longer than the model does.
     sampling = Sampling(setting["max_new_tokens"], setting["temperature"])
     replier = Replier(model, tokenizer, sampling, setting["batch_size"], job.seed, False)
@@ -192,7 +194,7 @@ def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], f
             modes = flip_figures(replier, data, count) if name == "flips" else set_figures(replier, data, name, count)
             write(kept, json.dumps({"modes": modes, "seconds": round(time.monotonic() - begun, 1)}))
         sets[name] = json.loads(kept.read_text(encoding="utf-8"))
-    return probe, sets, data.reference_tokens(tokenizer, setting["sets"]["gsm8k"])
+    return probes, sets, data.reference_tokens(tokenizer, setting["sets"]["gsm8k"])
 
 
 def set_figures(replier: Any, data: RealData, name: str, count: int) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def run(job: Job) -> bool:
     data = read_data(Path(job.setting["data"]))
     try:
         trained = train(job, data)
-        probe, sets, reference = measure(job, data)
+        probes, sets, reference = measure(job, data)
     except OutOfTimeError:
         return False
     found = {
@@ -270,7 +272,7 @@ def run(job: Job) -> bool:
         "dtype": job.dtype,
         **trained,
         "reference_reasoning_tokens": reference,
-        "probe": probe,
+        **probes,
         "sets": {name: each["modes"] for name, each in sets.items()},
         "evaluation_seconds": {name: each["seconds"] for name, each in sets.items()},
     }

@@ -15,16 +15,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 MODES = ("thinking", "non_thinking")
 SETS = {"gsm8k": "GSM8K", "alpaca": "Alpaca", "flips": "flips"}
 PROBED = {
-    "trace begins · closes": ("thinking", ("trace_begins", "closes")),
-    "closes": ("thinking", ("closes",)),
-    "trace begins": ("thinking", ("trace_begins",)),
-    "closes inside": ("thinking", ("closes_inside",)),
-    "closes again": ("thinking", ("closes_again",)),
-    "answer begins": ("non_thinking", ("answer_begins",)),
-    "answer closes": ("non_thinking", ("answer_closes",)),
+    "trace begins · closes": ("thinking", ("trace_begins", "closes"), "probe"),
+    "closes": ("thinking", ("closes",), "probe"),
+    "trace begins": ("thinking", ("trace_begins",), "probe"),
+    "closes inside": ("thinking", ("closes_inside",), "probe"),
+    "closes again, instructions": ("thinking", ("closes_again",), "probe_instructions"),
+    "answer begins": ("non_thinking", ("answer_begins",), "probe"),
+    "answer closes, solutions": ("non_thinking", ("answer_closes",), "probe_written"),
+    "answer closes, instructions": ("non_thinking", ("answer_closes",), "probe_instructions"),
 }
-"""What is held against the format error of a mode: a probability of the probe, or a product of two. A reply in thinking
-mode has to begin as a trace does, and to close it: few rows of the treated recipe can bring the second alone."""
+"""What is held against the format error of a mode: a probability of the probe, or a product of two, and the rows that
+it is of. A reply in thinking mode has to begin as a trace does, and to close it: few rows of the treated recipe can
+bring the second alone. What closes where an answer ends has to be looked for after answers of the kind."""
 PREDICTOR = next(iter(PROBED))
 
 
@@ -75,18 +77,15 @@ def table(results: list[dict[str, Any]]) -> str:
                 tokens = mean([cell["reasoning_tokens"] for cell in cells], ".1f")
                 parts = (str(rows), recipe, title, mode.replace("_", "-"), shares[0], told, *shares[1:], tokens)
                 lines.append(f"| {' | '.join(parts)} |")
-    probed = ("rows", "recipe", "instructions", "closes", "closes inside", "closes again", "trace begins")
-    probed += ("answer begins", "answer closes", "trained tokens", "seconds", "dtype")
+    probed = ("rows", "recipe", "instructions", "closes", "closes inside", "trace begins", "answer begins")
+    probed += ("answer closes, solutions", "closes again; answer closes, instructions")
+    probed += ("trained tokens", "seconds", "dtype")
     lines += ["", f"| {' | '.join(probed)} |", f"|{'---|' * len(probed)}"]
     for rows, recipe, given in grouped(results):
-        parts = [
-            mean([row["probe"][mode].get(key) for row in given], ".3f")
-            for mode, keys in (
-                ("thinking", ("closes", "closes_inside", "closes_again", "trace_begins")),
-                ("non_thinking", ("answer_begins", "answer_closes")),
-            )
-            for key in keys
-        ]
+        names = ("closes", "closes inside", "trace begins", "answer begins", "answer closes, solutions")
+        parts = [mean([probed_of(row, name) for row in given], ".3f") for name in names]
+        again = ("closes again, instructions", "answer closes, instructions")
+        parts.append("; ".join(mean([probed_of(row, name) for row in given], ".3f") for name in again))
         parts += [mean([row[key] for row in given], ",.0f") for key in ("trained_tokens", "training_seconds")]
         parts.append(", ".join(sorted({row["dtype"] for row in given})))
         trained_how = ", ".join(sorted({row["instructions"].replace("_", "-") for row in given}))
@@ -101,7 +100,7 @@ def table(results: list[dict[str, Any]]) -> str:
     }
     if any(value is not None for value in found.values()):
         lines += ["", f"| {' | '.join(named)} |", f"|{'---|' * len(named)}"]
-        for predictor, (mode, _) in PROBED.items():
+        for predictor, (mode, *_) in PROBED.items():
             values = [mean([found[predictor, name]], ".2f") for name in SETS]
             counts = "/".join(str(len(scatter(results, predictor, name))) for name in SETS)
             parts = (predictor, mode.replace("_", "-"), *values, counts)
@@ -120,14 +119,21 @@ def scatter(
     results: list[dict[str, Any]], predictor: str = PREDICTOR, name: str = "gsm8k"
 ) -> list[tuple[float, float]]:
     """What the probe says and the format error of the mode on a set, of each result that has both."""
-    mode, factors = PROBED[predictor]
+    mode = PROBED[predictor][0]
     points = []
     for row in results:
-        values = [row["probe"][mode].get(factor) for factor in factors]
+        probability = probed_of(row, predictor)
         error = row["sets"][name][mode]["format_error"] if name in row["sets"] else None
-        if error is not None and None not in values:
-            points.append((math.prod(values), error))
+        if error is not None and probability is not None:
+            points.append((probability, error))
     return points
+
+
+def probed_of(row: dict[str, Any], predictor: str) -> float | None:
+    """One of `PROBED` of a result; None where it was not looked for, or the rows have no such place."""
+    mode, factors, kind = PROBED[predictor]
+    values = [row.get(kind, {}).get(mode, {}).get(factor) for factor in factors]
+    return None if None in values else math.prod(values)
 
 
 def rank_correlation(points: list[tuple[float, float]]) -> float | None:

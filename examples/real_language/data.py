@@ -102,6 +102,16 @@ class RealData:
         """Problems of the test file that no prompt uses, for the switch probe."""
         return [as_conversation([row]) for row in self.tests[-count:]]
 
+    def further_pairs(self, count: int = PROBE_ROWS) -> dict[str, list[Conversation]]:
+        """The same problems with their solutions as non-thinking answers (`written`), and held-out instructions, with
+        traces by the rule: where other kinds of answers end."""
+        return {
+            "written": [as_conversation([{**row, "written": row["reasoning"]}]) for row in self.tests[-count:]],
+            "instructions": [
+                as_conversation([{**row, "reasoning": row["trace"]}]) for row in self.held_out_instructions[:count]
+            ],
+        }
+
     def flips(self, conversations: int, turns: int = FLIP_TURNS) -> list[list[EvaluationPrompt]]:
         """Questions of conversations: a problem and an instruction by turns."""
         problems, instructions = self.prompts("gsm8k", len(self.tests)), self.prompts("alpaca", ALPACA_HELD_OUT)
