@@ -411,8 +411,9 @@ def test_a_point_is_trained_and_measured(folder, recipe, quiet):
     for kind in ("probe", "probe_written", "probe_instructions"):
         assert set(row[kind]["thinking"]) >= {"closes", "closes_inside", "closes_again", "trace_begins"}
         assert 0 < row[kind]["non_thinking"]["answer_closes"] < 1
-    assert row["probe"]["thinking"] == row["probe_written"]["thinking"]  # the same problems, another answer
-    assert row["probe"]["non_thinking"] != row["probe_written"]["non_thinking"]
+    same, other = row["probe"], row["probe_written"]  # the same problems, another answer without thinking
+    assert same["thinking"]["closes"] == pytest.approx(other["thinking"]["closes"], rel=1e-4)
+    assert same["non_thinking"]["answer_closes"] != pytest.approx(other["non_thinking"]["answer_closes"], rel=1e-4)
     for name, samples in (("gsm8k", 2), ("alpaca", 2), ("flips", 3)):
         for mode in Mode:
             cell = row["sets"][name][mode.value]
