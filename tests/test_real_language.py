@@ -408,12 +408,12 @@ def test_a_point_is_trained_and_measured(folder, recipe, quiet):
     assert row["dtype"] == "float32"
     assert row["trained_tokens"] > 100
     assert row["reference_reasoning_tokens"] > 1
-    for kind in ("probe", "probe_written", "probe_instructions"):
+    for kind in ("probe", "probe_instructions"):
         assert set(row[kind]["thinking"]) >= {"closes", "closes_inside", "closes_again", "trace_begins"}
-        assert 0 < row[kind]["non_thinking"]["answer_closes"] < 1
-    same, other = row["probe"], row["probe_written"]  # the same problems, another answer without thinking
-    assert same["thinking"]["closes"] == pytest.approx(other["thinking"]["closes"], rel=1e-4)
-    assert same["non_thinking"]["answer_closes"] != pytest.approx(other["non_thinking"]["answer_closes"], rel=1e-4)
+        assert None not in row[kind]["thinking"].values()
+    assert row["probe_written"]["thinking"]["samples"] == 0
+    ends = [row[kind]["non_thinking"]["answer_closes"] for kind in ("probe", "probe_written", "probe_instructions")]
+    assert len(set(ends)) == 3  # other answers
     for name, samples in (("gsm8k", 2), ("alpaca", 2), ("flips", 3)):
         for mode in Mode:
             cell = row["sets"][name][mode.value]

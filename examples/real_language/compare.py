@@ -180,7 +180,7 @@ def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], f
     choose_experts(model, job.setting["device"])
     rows = min(PROBE_ROWS, 2 * setting["sets"]["gsm8k"])
     pairs = {"probe": data.probe_pairs(rows)}
-    pairs |= {f"probe_{kind}": found for kind, found in data.further_pairs(rows).items()}
+    pairs |= {f"probe_{kind}": found for kind, found in data.further_pairs(rows // 2).items()}
     probes = {name: switch_probe(model, tokenizer, found) for name, found in pairs.items()}
     # No top-p: sorting a vocabulary for each token of each reply takes longer than the model does.
     sampling = Sampling(setting["max_new_tokens"], setting["temperature"])

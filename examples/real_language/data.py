@@ -103,10 +103,12 @@ class RealData:
         return [as_conversation([row]) for row in self.tests[-count:]]
 
     def further_pairs(self, count: int = PROBE_ROWS) -> dict[str, list[Conversation]]:
-        """The same problems with their solutions as non-thinking answers (`written`), and held-out instructions, with
-        traces by the rule: where other kinds of answers end."""
+        """Such problems with their solutions as non-thinking answers (`written`, in that mode only), and held-out
+        instructions, with traces by the rule: where other kinds of answers end."""
         return {
-            "written": [as_conversation([{**row, "written": row["reasoning"]}]) for row in self.tests[-count:]],
+            "written": [
+                as_conversation([{**row, "reasoning": "", "answer": row["reasoning"]}]) for row in self.tests[-count:]
+            ],
             "instructions": [
                 as_conversation([{**row, "reasoning": row["trace"]}]) for row in self.held_out_instructions[:count]
             ],
