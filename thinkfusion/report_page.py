@@ -371,7 +371,7 @@ def _probe(figures: Figures) -> str:
     about = (
         f"Probabilities on {figures.one('/probe/samples', 'count')} reference rows, by one forward pass and without "
         "generation: the early warning. Near zero for the closing token is a trace that never ends; well above zero "
-        "inside traces is one that ends early."
+        "inside traces is one that ends early, and after answers a reply that closes where its turn should end."
     )
     return _section("Switch probe", about, _table(["probability of", "mean"], rows, "main") + _probe_history(figures))
 
@@ -391,12 +391,12 @@ def _probe_history(figures: Figures) -> str:
             ],
         )
         for name, label, kind in (
-            ("closes", "closing token after the trace", "t"),
-            ("closes_inside", "closing token inside it", "t dashed"),
-            ("closes_again", "closing token again", "t dashdot"),
+            ("closes", "closes after the trace", "t"),
+            ("closes_inside", "closes inside it", "t dashed"),
+            ("closes_again", "closes again", "t dashdot"),
             ("trace_begins", "trace begins", "t dotted"),
             ("answer_begins", "answer begins", "n"),
-            ("answer_closes", "closing token after the answer", "n dashed"),
+            ("answer_closes", "closes after the answer", "n dashed"),
         )
     ]
     drawn = step_plot([line for line in lines if line.points], "The switch probe over the steps of training")
