@@ -63,8 +63,8 @@ def switch_probe(
     the answer's first token; `answer_closes`, that of the closing token after the whole answer (near 0: answers end by
     ending the turn). `samples` are the rows, in all and of each mode. None where no row has such a place.
 
-    Eight rows cost 3.5 % of an evaluation of 64 prompts by generation (the demo's checkpoint, one core). Works with
-    any switchable template.
+    Eight rows cost 8 % of an evaluation of 64 prompts by generation (the demo's checkpoint, one core without AVX-512).
+    Works with any switchable template.
 
     Raises ValueError if there are no rows, or the template has no switch; DataError for a bad row.
     """
