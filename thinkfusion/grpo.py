@@ -24,13 +24,14 @@ from thinkfusion.checkpointing import checkpoint_to_train
 from thinkfusion.conversations import DataError
 from thinkfusion.generation import Prompter, ready_to_generate, reply_ends
 from thinkfusion.grpo_configuration import MOST_NEW_TOKENS, ThinkFusionGRPOConfig
+from thinkfusion.mode_sums import ModeSums
 from thinkfusion.modes import Mode, Reply, split_reply
 from thinkfusion.prompts import EvaluationPrompt, read_prompts
 from thinkfusion.rewards import DEFAULT_REWARDS, Reward, check_rewards, reward_name, score
 from thinkfusion.routing import RouteCounter
 from thinkfusion.sequences import MODES
 from thinkfusion.trainable import frozen_rows, lora_config, set_trainable
-from thinkfusion.training import ModeSums, check_what_trains, give_bias
+from thinkfusion.training import check_what_trains, give_bias
 
 logger = logging.getLogger(__name__)
 

@@ -32,6 +32,7 @@ from thinkfusion.control_tokens import (
 )
 from thinkfusion.conversations import Conversation
 from thinkfusion.hub_training import HubTrainer
+from thinkfusion.mode_sums import ModeSums, counts_by_mode
 from thinkfusion.modes import end_ids
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
@@ -205,7 +206,7 @@ class ThinkFusionTrainer(HubTrainer):
         items = super()._get_num_items_in_batch(batch_samples, device)
         if items is None or self._weights.plain:
             return items
-        counts = torch.stack([_counts_by_mode(batch["modes"], batch["labels"]) for batch in batch_samples]).sum(0)
+        counts = torch.stack([counts_by_mode(batch["modes"], batch["labels"]) for batch in batch_samples]).sum(0)
         counts = counts.to(device)
         if self.args.average_tokens_across_devices:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -315,7 +316,7 @@ class ThinkFusionTrainer(HubTrainer):
                 if self.model.training:
                     outputs.log_probs = weigh_tokens(outputs.log_probs, labels, weights)
                 if not self._weights.plain:
-                    factors = self._factors(_counts_by_mode(modes, labels), num_items_in_batch)
+                    factors = self._factors(counts_by_mode(modes, labels), num_items_in_batch)
                     outputs.log_probs = outputs.log_probs * factors[modes[:, 1:]].to(outputs.log_probs)
             return outputs
 
@@ -450,12 +451,6 @@ def give_bias(model: Any) -> None:
         head.__dict__["bias"] = head.original_module.bias
 
 
-def _counts_by_mode(modes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Trained tokens of each mode, (modes,); both (batch, length), labels not yet shifted."""
-    trained = modes[:, 1:][labels[:, 1:] != IGNORED]
-    return torch.bincount(trained.flatten(), minlength=len(MODES))
-
-
 def _possible_layout(model: PreTrainedModel, args: ThinkFusionConfig) -> str:
     """The layout that the model allows: one whose layers cannot branch gets padded sequences, and the log says so.
 
@@ -484,20 +479,3 @@ def _possible_layout(model: PreTrainedModel, args: ThinkFusionConfig) -> str:
         if given:
             raise ValueError(f"{name}: not for rows of trees or packed sequences; set sequence_layout='padded'.")
     return args.sequence_layout
-
-
-class ModeSums:
-    """Summed loss and trained tokens of each mode, on the device until they are asked for."""
-
-    def __init__(self) -> None:
-        self.parts: list[torch.Tensor] = []
-
-    def add(self, modes: torch.Tensor, losses: torch.Tensor, mask: torch.Tensor) -> None:
-        """All (batch, length)."""
-        per_token = torch.stack([losses.flatten(), mask.flatten()]).double()  # (2, tokens)
-        self.parts.append(per_token @ torch.nn.functional.one_hot(modes.flatten(), len(MODES)).double())  # (2, modes)
-
-    def totals(self, accelerator: Any) -> tuple[list[float], list[float]]:
-        own = sum(self.parts, torch.zeros(2, len(MODES), dtype=torch.double, device=accelerator.device))
-        losses, counts = accelerator.reduce(own, reduction="sum").tolist()
-        return losses, counts

@@ -167,7 +167,7 @@ def seconds_before(job: Job) -> float:
 def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], float]:
     """The probes and the sets of a trained checkpoint, and how long the references' traces of the problems are.
 
-    A set that is measured already is read.
+    What is measured already is read.
     """
     from thinkfusion import load_checkpoint, switch_probe
     from thinkfusion.generation import Sampling
@@ -179,9 +179,12 @@ def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], f
     model.to(setting["device"])
     choose_experts(model, job.setting["device"])
     rows = min(PROBE_ROWS, 2 * setting["sets"]["gsm8k"])
-    pairs = {"probe": data.probe_pairs(rows)}
-    pairs |= {f"probe_{kind}": found for kind, found in data.further_pairs(rows // 2).items()}
-    probes = {name: switch_probe(model, tokenizer, found) for name, found in pairs.items()}
+    probed = job.work / "probes.json"
+    if not probed.is_file():
+        pairs = {"probe": data.probe_pairs(rows)}
+        pairs |= {f"probe_{kind}": found for kind, found in data.further_pairs(rows // 2).items()}
+        write(probed, json.dumps({name: switch_probe(model, tokenizer, found) for name, found in pairs.items()}))
+    probes = json.loads(probed.read_text(encoding="utf-8"))
     # No top-p: sorting a vocabulary for each token of each reply takes longer than the model does.
     sampling = Sampling(setting["max_new_tokens"], setting["temperature"])
     replier = Replier(model, tokenizer, sampling, setting["batch_size"], job.seed, False)
