@@ -433,8 +433,10 @@ def test_a_point_stops_in_time_and_goes_on(folder, quiet, monkeypatch):
     assert not late.result.exists()
     elsewhere = job_of("default", folder)
     elsewhere.setting["bf16"] = True
+    compare.write(elsewhere.work / "probes.json", '{"probe": "of an earlier call"}')
     assert compare.run(elsewhere)
     (row,) = compare.finished([late])
+    assert row["probe"] == "of an earlier call"
     assert row["steps"] == 2
     assert row["dtype"] == "float32"  # what the point was begun in, whatever this machine is faster in
 
