@@ -84,13 +84,24 @@ def test_named_files_are_there(path):
     assert (ROOT / path).is_file()
 
 
+def _anchors(text: str) -> set[str]:
+    """The names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_guides_are_linked_and_their_links_are_there():
     assert len(README.splitlines()) <= 250
-    for guide in sorted((ROOT / "examples").glob("*.md")):
+    guides = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md"))]
+    assert len(guides) > 15
+    for guide in guides:
         text = guide.read_text(encoding="utf-8")
-        for link in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (guide.parent / link).exists(), f"{guide.name}: {link}"
-        if guide.stem != "fusion_trees":
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            aim = guide.parent / path if path else guide
+            assert aim.exists(), f"{guide.name}: {path}"
+            if anchor:
+                assert anchor in _anchors(aim.read_text(encoding="utf-8")), f"{guide.name}: {path}#{anchor}"
+        if guide.parent == ROOT / "examples" and guide.stem != "fusion_trees":
             assert f"(examples/{guide.name})" in README, guide.name
 
 
