@@ -24,12 +24,16 @@ class ModeSums:
         self.parts: list[torch.Tensor] = []
 
     def add(self, modes: torch.Tensor, losses: torch.Tensor, mask: torch.Tensor) -> None:
-        """All (batch, length)."""
+        """Add a batch; all (batch, length).
+
+        modes: places in `MODES`. losses: of each token, in nats (or entropies), 0 where it does not count. mask: 1
+            where it counts, else 0.
+        """
         per_token = torch.stack([losses.flatten(), mask.flatten()]).double()  # (2, tokens)
         self.parts.append(per_token @ torch.nn.functional.one_hot(modes.flatten(), len(MODES)).double())  # (2, modes)
 
     def totals(self, accelerator: Any) -> tuple[list[float], list[float]]:
-        """Losses and trained tokens of each mode, over all processes."""
+        """Summed losses (nats) and trained tokens of each mode, in the order of `MODES`, over all processes."""
         own = sum(self.parts, torch.zeros(2, len(MODES), dtype=torch.double, device=accelerator.device))
         losses, counts = accelerator.reduce(own, reduction="sum").tolist()
         return losses, counts
