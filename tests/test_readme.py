@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README and the guides show is run: Python as it stands (with fewer rows), files and flags looked up."""
 
+import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,22 @@ def test_guides_are_linked_and_their_links_are_there():
                 assert anchor in _anchors(aim.read_text(encoding="utf-8")), f"{guide.name}: {path}#{anchor}"
         if guide.parent == ROOT / "examples" and guide.stem != "fusion_trees":
             assert f"(examples/{guide.name})" in README, guide.name
+
+
+def test_the_table_of_real_language_is_what_was_measured():
+    named = {"TRL's own template": "trl", "ours without that treatment": "no-treatment", "ours": "default"}
+    results = json.loads((ROOT / "examples/real_language/results/comparison.json").read_text(encoding="utf-8"))
+    table = re.findall(r"^\| ([\d,]+), ([\w' ]+) \| (.*) \|$", README, re.MULTILINE)
+    assert {recipe for _, recipe, _ in table} == set(named)
+    for rows, recipe, shown in table:
+        points = [each for each in results if (each["recipe"], f"{each['rows']:,}") == (named[recipe], rows)]
+        cells = []
+        for name in ("gsm8k", "alpaca"):
+            for mode in ("thinking", "non_thinking"):
+                classes = sum((Counter(point["sets"][name][mode]["classes"]) for point in points), Counter())
+                finished = classes.total() - classes["truncated"]
+                cells.append(f"{finished - classes['ok']} of {finished}")
+        assert shown.replace("*", "") == " | ".join(cells), (rows, recipe)
 
 
 def test_commands_are_understood():
