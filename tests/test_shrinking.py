@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches whose ended rows leave: the replies are those of one call, whatever the cache looks like."""
 
+from functools import wraps
+
 import pytest
 import torch
 
 from tests.tiny_models import BRANCHING, WINDOWED, tiny_random_model
 from thinkfusion import EvaluationPrompt, Mode, install_chat_template
 from thinkfusion.generation import Prompter, Sampling, generate
-from thinkfusion.shrinking import SMALLEST, can_shrink, generate_shrinking
+from thinkfusion.shrinking import SMALLEST, can_shrink, generate_shrinking, prefill_in_pieces
 
 ROWS, NEW = 2 * SMALLEST + 3, 24
 ENDS = list(range(1, 60))
@@ -188,3 +190,65 @@ def test_replies_of_a_large_batch_are_those_of_small_ones(base_tokenizer, model)
         return [each for part in parts for each in part]
 
     assert replies(40) == replies(8)
+
+
+def of_many_lengths() -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of 2 tokens, and a few of up to 40, in no order."""
+    torch.manual_seed(2)
+    lengths = torch.where(torch.rand(ROWS, 1) < 0.7, torch.randint(2, 8, (ROWS, 1)), torch.randint(2, 41, (ROWS, 1)))
+    lengths[ROWS // 2] = 40
+    mask = (torch.arange(40) >= 40 - lengths).long()
+    return torch.randint(60, 600, (ROWS, 40)) * mask, mask
+
+
+OWN_SOFTMAX = ("gemma2", "granitemoe_swa")
+"""In float32, where it makes NaN of the padding's mask in float64."""
+
+
+@pytest.mark.parametrize(("family", "window"), [case for case in CACHES if case[0] not in OWN_SOFTMAX])
+def test_prompts_prefilled_in_pieces_of_their_length_are_replied_to_alike(family, window, monkeypatch):
+    monkeypatch.setattr("thinkfusion.shrinking.PIECE", 64)
+    model = quiet(tiny_random_model(family, window=window))
+    ids, mask = of_many_lengths()
+    ends = own_ends(model, ids, mask)
+    shapes, forward = [], model.forward
+
+    @wraps(forward)
+    def noted(**given):
+        shapes.append(given["input_ids"].shape)
+        return forward(**given)
+
+    monkeypatch.setattr(model, "forward", noted)
+    with torch.no_grad():
+        in_pieces = generate_shrinking(model, ids, mask, ends, NEW, pad_token_id=0, **GREEDY)
+        prefilled = [shape for shape in shapes if shape[1] > 1]
+        whole = until_end(in_one_call(model, ids, mask, ends, **GREEDY), ends)
+    assert until_end(in_pieces, ends) == whole
+    assert sum(rows for rows, _ in prefilled) == ROWS
+    assert len({length for _, length in prefilled}) > 3
+    assert sum(rows * length for rows, length in prefilled) < 0.5 * ids.numel()
+
+
+@pytest.mark.parametrize(("family", "window"), [case for case in CACHES if case[0] in OWN_SOFTMAX])
+def test_the_cache_of_pieces_is_that_of_all_at_once(family, window, monkeypatch):
+    monkeypatch.setattr("thinkfusion.shrinking.PIECE", 64)
+    model = quiet(tiny_random_model(family, window=window)).float()
+    ids, mask = of_many_lengths()
+    with torch.no_grad():
+        in_pieces = prefill_in_pieces(model, ids, mask, 0)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        at_once = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1])
+    for ours, theirs in zip(in_pieces.layers, at_once.past_key_values.layers, strict=True):
+        shown = mask[:, None, :-1, None][:, :, -theirs.keys.shape[2] :]
+        assert 0 < shown.float().mean() < 1
+        for name in ("keys", "values"):
+            torch.testing.assert_close(getattr(ours, name) * shown, getattr(theirs, name) * shown, atol=1e-4, rtol=1e-4)
+        assert ours.get_seq_length() == theirs.get_seq_length() == 39
+
+
+@pytest.mark.parametrize("shortest", [1, 30])
+def test_a_prompt_of_one_token_or_little_padding_is_prefilled_at_once(shortest):
+    model = quiet(tiny_random_model("qwen3_moe"))
+    mask = (torch.arange(40) >= 40 - torch.randint(30, 41, (ROWS, 1))).long()
+    mask[0] = torch.arange(40) >= 40 - shortest
+    assert prefill_in_pieces(model, torch.full((ROWS, 40), 60) * mask, mask, 0) is None

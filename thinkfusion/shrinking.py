@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 SMALLEST = 16
 """A batch with fewer rows is generated to its end: a step of half of it is hardly faster."""
+PIECE = 1024
+"""Tokens of prompts at a time: enough for the products of matrices, few enough that the lengths are similar."""
+WORTH = 0.75
+"""Part of a padded batch that pieces may compute at most."""
 PLAIN = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "max_length", "max_new_tokens"),
     *("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "use_cache", "trust_remote_code"),
@@ -50,10 +55,11 @@ def generate_shrinking(
     with the same probabilities, from other random numbers.
 
     ids, mask: (rows, length of the prompts). ends: ids of the tokens that end a reply. max_new_tokens: most tokens of a
-    row. arguments: others of `generate`, one sequence for a prompt. Returns the new tokens of each row, with what comes
-    after its end. For models that `can_shrink` allows; others may fail in the selection of their cache.
+    row. arguments: others of `generate`, `pad_token_id` among them, one sequence for a prompt. Returns the new tokens
+    of each row, with what comes after its end. For models that `can_shrink` allows; others may fail in the selection of
+    their cache.
     """
-    length, left, cache = ids.shape[1], max_new_tokens, None
+    length, left, cache = ids.shape[1], max_new_tokens, prefill_in_pieces(model, ids, mask, arguments["pad_token_id"])
     ending = torch.tensor(list(ends), device=ids.device)
     living = list(range(len(ids)))
     found: list[list[int]] = [[] for _ in living]
@@ -85,6 +91,64 @@ def generate_shrinking(
         )
         cache.batch_select_indices(kept)
         living = [living[place] for place in kept.tolist()]
+
+
+def prefill_in_pieces(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, pad_token_id: int
+) -> DynamicCache | None:
+    """The cache of left-padded prompts but for their last token; None where pieces would hardly be faster than all.
+
+    A batch is as long as its longest prompt. Rows of similar length, PIECE tokens of them at a time, need little
+    padding.
+
+    ids, mask: (rows, length). The cache holds length - 1 tokens of each row, with zeros at the padding.
+    """
+    length, lengths = ids.shape[1], mask.sum(1)
+    shortest_first = torch.argsort(lengths, stable=True)
+    pieces: list[list[int]] = [[]]
+    for row in shortest_first.tolist():
+        if len(pieces[-1]) * int(lengths[row]) >= PIECE:
+            pieces.append([])
+        pieces[-1].append(row)
+    computed = sum(len(piece) * int(lengths[piece[-1]]) for piece in pieces)
+    # A prompt of one token leaves nothing to attend to, and positions that count the padding differ between pieces.
+    if computed > WORTH * len(ids) * length or lengths.min() < 2 or not _counts_from_the_mask(model):
+        return None
+    caches = []
+    for piece in pieces:
+        first = length - int(lengths[piece[-1]])
+        out = model.generate(
+            input_ids=ids[piece, first:-1],
+            attention_mask=mask[piece, first:-1],
+            max_new_tokens=1,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad_token_id,
+            use_cache=True,
+            return_dict_in_generate=True,
+        )
+        caches.append(out.past_key_values)
+    whole = DynamicCache(config=model.config)
+    for index, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        if layers[0].is_initialized:
+            keys = torch.cat([_to_length(layer.keys, length - 1) for layer in layers])
+            values = torch.cat([_to_length(layer.values, length - 1) for layer in layers])
+            whole.update(keys, values, index)
+    whole.batch_select_indices(torch.argsort(shortest_first))
+    return whole
+
+
+def _counts_from_the_mask(model: PreTrainedModel) -> bool:
+    """Whether `generate` gives the model positions that leave out the padding."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "position_ids" in inspect.signature(plain.forward).parameters
+
+
+def _to_length(states: torch.Tensor, length: int) -> torch.Tensor:
+    """(rows, heads, tokens, width), padded on the left to so many tokens."""
+    return torch.nn.functional.pad(states, (0, 0, length - states.shape[-2], 0))
 
 
 def can_shrink(model: PreTrainedModel, rows: int) -> bool:
