@@ -23,6 +23,9 @@ PROMPTS = [EvaluationPrompt(({"role": "user", "content": f"Question {n}?"},), st
 class Scripted(Replier):
     """Replies by `say(text of the prompt, mode, budget)`, and keeps what it was asked."""
 
+    def replies(self, jobs, **options):
+        return self.timed(jobs, **options)[0]
+
     def timed(self, jobs, *, thinking_budget=None, label="replies"):
         texts = [self.tokenizer.decode(job.ids) for job in jobs]
         self.asked.extend(texts)

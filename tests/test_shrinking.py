@@ -107,7 +107,7 @@ def test_a_state_that_is_more_than_keys_and_values_is_left_to_generate(family):
     assert not can_shrink(tiny_random_model(family), ROWS)
 
 
-def test_a_batch_shrinks_by_half_and_not_below_the_smallest(monkeypatch):
+def test_a_batch_shrinks_by_a_quarter_and_not_below_the_smallest(monkeypatch):
     """Row i ends after i + 1 tokens."""
     model = quiet(tiny_random_model("qwen3_moe"))
     forward, sizes = model.forward, []
@@ -127,7 +127,7 @@ def test_a_batch_shrinks_by_half_and_not_below_the_smallest(monkeypatch):
     with torch.no_grad():
         found = generate_shrinking(model, mask * 100, mask, [1], 64, pad_token_id=0, do_sample=False)
     assert [row.index(1) for row in found] == list(range(64))
-    assert sizes == [64] * 32 + [32] * 16 + [16] * 8 + [8] * 8
+    assert sizes == [64] * 16 + [48] * 12 + [36] * 9 + [27] * 7 + [20] * 5 + [15] * 15
 
 
 def test_a_seed_gives_the_same_samples_with_the_models_probabilities():

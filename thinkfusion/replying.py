@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replies to many prompts: in batches of like length and one mode, timed, with the random state left as it was."""
+"""Replies to many prompts: in batches of like length, timed by mode, with the random state left as it was."""
 
 from __future__ import annotations
 
@@ -110,17 +110,20 @@ class Replier:
     def replies(
         self, jobs: Sequence[Job], *, thinking_budget: int | None = None, label: str = "replies"
     ) -> list[Reply]:
-        """One reply for each job, in their order."""
-        return self.timed(jobs, thinking_budget=thinking_budget, label=label)[0]
+        """One reply for each job, in their order. Where one batch holds them all, both modes share it."""
+        batches = [self._by_length(range(len(jobs)), jobs)] if 0 < len(jobs) <= self.batch_size else self._apart(jobs)
+        return self._in_batches(batches, jobs, thinking_budget, label)[0]
 
     def timed(
         self, jobs: Sequence[Job], *, thinking_budget: int | None = None, label: str = "replies"
     ) -> tuple[list[Reply], dict[Mode, float]]:
-        """The same, and the seconds that each mode took.
+        """The same, and the seconds that each mode took, with batches of one mode only."""
+        return self._in_batches(self._apart(jobs), jobs, thinking_budget, label)
 
-        Prompts of similar length share a batch, since padding is computed too; the modes differ in the length of their
-        replies, so a batch holds one of them only.
-        """
+    def _in_batches(
+        self, batches: Sequence[Sequence[int]], jobs: Sequence[Job], thinking_budget: int | None, label: str
+    ) -> tuple[list[Reply], dict[Mode, float]]:
+        """Replies in the order of the jobs, and the seconds by the mode of each batch's first job."""
         import torch
         from tqdm.auto import tqdm
 
@@ -128,7 +131,7 @@ class Replier:
         seconds = dict.fromkeys(Mode, 0.0)
         with torch.random.fork_rng(), tqdm(total=len(jobs), desc=label, disable=not self.progress) as bar:
             torch.manual_seed(self.seed)
-            for batch in self._batches(jobs):
+            for batch in batches:
                 ids, modes = [jobs[index].ids for index in batch], [jobs[index].mode for index in batch]
                 start = time.perf_counter()
                 replies = generate(
@@ -145,13 +148,17 @@ class Replier:
                 bar.update(len(batch))
         return [found[index] for index in range(len(jobs))], seconds
 
-    def _batches(self, jobs: Sequence[Job]) -> list[list[int]]:
+    def _apart(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """Batches of similar length, since padding is computed too, and of one mode, since the lengths of replies
+        differ between them."""
         batches: list[list[int]] = []
         for mode in Mode:
-            own = [index for index, job in enumerate(jobs) if job.mode is mode]
-            own.sort(key=lambda index: (len(jobs[index].ids), index))
+            own = self._by_length([index for index, job in enumerate(jobs) if job.mode is mode], jobs)
             batches += [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
         return batches
+
+    def _by_length(self, indices: Sequence[int], jobs: Sequence[Job]) -> list[int]:
+        return sorted(indices, key=lambda index: (len(jobs[index].ids), index))
 
 
 def reply_in_both_modes(
