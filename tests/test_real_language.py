@@ -293,7 +293,7 @@ def test_experts_one_by_one_are_transformers_own(tiny_models):
     for way in ("eager", "one_by_one"):
         model = tiny_models()
         if way == "one_by_one":
-            experts.choose_experts(model, "cpu")
+            experts.choose_experts(model, "cpu", trained=True)
         else:
             model.set_experts_implementation(way)
         logits = model(torch.arange(3)[None]).logits
@@ -301,6 +301,28 @@ def test_experts_one_by_one_are_transformers_own(tiny_models):
         found.append([logits, *(parameter.grad for parameter in model.parameters())])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_packed_experts_compute_the_same_for_any_number_of_tokens(tiny_models):
+    plain, packed = tiny_models(), tiny_models()
+    experts.choose_experts(plain, "cpu", trained=True)
+    experts.choose_experts(packed, "cpu", trained=False)
+    blocks = [module for module in packed.modules() if hasattr(module, "packed")]
+    assert len(blocks) == 2
+    assert all(weight.is_mkldnn for block in blocks for each in block.packed for weight in each)
+    for tokens in (1, 7, 200):
+        ids = torch.randint(100, 900, (1, tokens))
+        with torch.no_grad():
+            torch.testing.assert_close(packed(ids).logits, plain(ids).logits)
+
+
+def test_experts_in_bfloat16_or_on_a_gpu_stay_as_they_are(tiny_models):
+    half, elsewhere = tiny_models().bfloat16(), tiny_models()
+    experts.choose_experts(half, "cpu", trained=False)
+    experts.choose_experts(elsewhere, "cuda", trained=False)
+    assert not any(hasattr(module, "packed") for model in (half, elsewhere) for module in model.modules())
+    assert half.config._experts_implementation == "one_by_one"
+    assert elsewhere.config._experts_implementation != "one_by_one"
 
 
 # The comparison -------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def measure(job: Job, data: RealData) -> tuple[dict[str, Any], dict[str, Any], f
     setting = job.setting
     model, tokenizer = load_checkpoint(job.work / "model", dtype=job.dtype)
     model.to(setting["device"])
-    choose_experts(model, job.setting["device"])
+    choose_experts(model, setting["device"], trained=False)
     rows = min(PROBE_ROWS, 2 * setting["sets"]["gsm8k"])
     probed = job.work / "probes.json"
     if not probed.is_file():

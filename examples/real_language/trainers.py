@@ -44,7 +44,7 @@ def trainer_of(job: Job, data: RealData) -> tuple[Any, Any]:
     from thinkfusion import ThinkFusionConfig, ThinkFusionTrainer, install_chat_template, load_checkpoint
 
     model, tokenizer = load_checkpoint(job.setting["base"], dtype="float32")
-    choose_experts(model, job.setting["device"])
+    choose_experts(model, job.setting["device"], trained=True)
     rows = data.training_rows(job.rows, job.seed, job.setting["instructions"])
     if job.recipe == "trl":
         install_chat_template(tokenizer, model, scheme="empty-block")  # the same tokens, and rows of the embeddings

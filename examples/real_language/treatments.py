@@ -136,7 +136,7 @@ def run(name: str, data: RealData, options: argparse.Namespace, work: Path) -> l
     from thinkfusion import ThinkFusionConfig, ThinkFusionTrainer, install_chat_template, load_checkpoint
 
     model, tokenizer = load_checkpoint(options.output / "base", dtype="float32")
-    choose_experts(model, "cpu")
+    choose_experts(model, "cpu", trained=True)
     install_chat_template(tokenizer, model)
     treatment, texts = TREATMENTS[name], endings(data)
     found: list[dict[str, Any]] = []
