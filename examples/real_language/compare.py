@@ -316,7 +316,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--sets", type=json.loads, help=f"JSON: how many are measured (default: {json.dumps(SETS)})")
     parser.add_argument("--max_new_tokens", type=int, help="most tokens of a reply (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.6, help="of the replies (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=50, help="replies at a time (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=100, help="replies at a time (default: %(default)s)")
     parser.add_argument("--keep_models", action="store_true", help="keep each checkpoint, in OUTPUT/models (1.5 GB)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: cores)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
