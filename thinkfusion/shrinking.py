@@ -105,20 +105,20 @@ def prefill_in_pieces(
 
     ids, mask: (rows, length). The cache holds length - 1 tokens of each row, with zeros at the padding.
     """
-    length, lengths = ids.shape[1], mask.sum(1)
-    shortest_first = torch.argsort(lengths, stable=True)
+    length, lengths = ids.shape[1], mask.sum(1).tolist()
+    shortest_first = sorted(range(len(ids)), key=lambda row: lengths[row])
     pieces: list[list[int]] = [[]]
-    for row in shortest_first.tolist():
-        if len(pieces[-1]) * int(lengths[row]) >= PIECE:
+    for row in shortest_first:
+        if len(pieces[-1]) * lengths[row] >= PIECE:
             pieces.append([])
         pieces[-1].append(row)
-    computed = sum(len(piece) * int(lengths[piece[-1]]) for piece in pieces)
+    computed = sum(len(piece) * lengths[piece[-1]] for piece in pieces)
     # A prompt of one token leaves nothing to attend to, and positions that count the padding differ between pieces.
-    if computed > WORTH * len(ids) * length or lengths.min() < 2 or not _counts_from_the_mask(model):
+    if computed > WORTH * len(ids) * length or min(lengths) < 2 or not _counts_from_the_mask(model):
         return None
     caches = []
     for piece in pieces:
-        first = length - int(lengths[piece[-1]])
+        first = length - lengths[piece[-1]]
         out = model.generate(
             input_ids=ids[piece, first:-1],
             attention_mask=mask[piece, first:-1],
@@ -138,7 +138,7 @@ def prefill_in_pieces(
             keys = torch.cat([_to_length(layer.keys, length - 1) for layer in layers])
             values = torch.cat([_to_length(layer.values, length - 1) for layer in layers])
             whole.update(keys, values, index)
-    whole.batch_select_indices(torch.argsort(shortest_first))
+    whole.batch_select_indices(torch.argsort(torch.tensor(shortest_first, device=ids.device)))
     return whole
 
 
