@@ -235,7 +235,7 @@ def test_the_cache_of_pieces_is_that_of_all_at_once(family, window, monkeypatch)
     model = quiet(tiny_random_model(family, window=window)).float()
     ids, mask = of_many_lengths()
     with torch.no_grad():
-        in_pieces = prefill_in_pieces(model, ids, mask, 0)
+        in_pieces = prefill_in_pieces(model, ids, mask, pad_token_id=0)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         at_once = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1])
     for ours, theirs in zip(in_pieces.layers, at_once.past_key_values.layers, strict=True):
@@ -251,4 +251,4 @@ def test_a_prompt_of_one_token_or_little_padding_is_prefilled_at_once(shortest):
     model = quiet(tiny_random_model("qwen3_moe"))
     mask = (torch.arange(40) >= 40 - torch.randint(30, 41, (ROWS, 1))).long()
     mask[0] = torch.arange(40) >= 40 - shortest
-    assert prefill_in_pieces(model, torch.full((ROWS, 40), 60) * mask, mask, 0) is None
+    assert prefill_in_pieces(model, torch.full((ROWS, 40), 60) * mask, mask, pad_token_id=0) is None

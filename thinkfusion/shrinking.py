@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SMALLEST = 16
 """A batch with fewer rows is generated to its end: a step of half of it is hardly faster."""
 LEAVING = 0.25
-"""Part of the rows that leaves at a time: of fewer, taking the cache along costs more than they do."""
+"""Part of the rows that leaves at a time, not each when it ends: the others' cache is copied whenever some leave."""
 PIECE = 1024
 """Tokens of prompts at a time: enough for the products of matrices, few enough that the lengths are similar."""
 WORTH = 0.75
@@ -57,11 +57,10 @@ def generate_shrinking(
     are drawn with the same probabilities, from other random numbers.
 
     ids, mask: (rows, length of the prompts). ends: ids of the tokens that end a reply. max_new_tokens: most tokens of a
-    row. arguments: others of `generate`, `pad_token_id` among them, one sequence for a prompt. Returns the new tokens
-    of each row, with what comes after its end. For models that `can_shrink` allows; others may fail in the selection of
-    their cache.
+    row. arguments: others of `generate`, one sequence for a prompt. Returns the new tokens of each row, with what comes
+    after its end. For models that `can_shrink` allows; others may fail in the selection of their cache.
     """
-    length, left, cache = ids.shape[1], max_new_tokens, prefill_in_pieces(model, ids, mask, arguments["pad_token_id"])
+    length, left, cache = ids.shape[1], max_new_tokens, prefill_in_pieces(model, ids, mask, **arguments)
     ending = torch.tensor(list(ends), device=ids.device)
     living = list(range(len(ids)))
     found: list[list[int]] = [[] for _ in living]
@@ -96,14 +95,15 @@ def generate_shrinking(
 
 
 def prefill_in_pieces(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, pad_token_id: int
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **arguments: Any
 ) -> DynamicCache | None:
     """The cache of left-padded prompts but for their last token; None where pieces would hardly be faster than all.
 
     A batch is as long as its longest prompt. Rows of similar length, PIECE tokens of them at a time, need little
     padding.
 
-    ids, mask: (rows, length). The cache holds length - 1 tokens of each row, with zeros at the padding.
+    ids, mask: (rows, length). arguments: those of `generate_shrinking`; a token is drawn for each row and dropped. The
+    cache holds length - 1 tokens of each row, with zeros at the padding.
     """
     length, lengths = ids.shape[1], mask.sum(1).tolist()
     shortest_first = sorted(range(len(ids)), key=lambda row: lengths[row])
@@ -123,13 +123,9 @@ def prefill_in_pieces(
             input_ids=ids[piece, first:-1],
             attention_mask=mask[piece, first:-1],
             max_new_tokens=1,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad_token_id,
             use_cache=True,
             return_dict_in_generate=True,
+            **arguments,
         )
         caches.append(out.past_key_values)
     whole = DynamicCache(config=model.config)
