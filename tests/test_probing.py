@@ -23,7 +23,16 @@ from thinkfusion import (
     task_prompts,
 )
 from thinkfusion.callbacks import CLOSES_AT_LEAST, ENOUGH_STEPS, StepsCheck
-from thinkfusion.probing import as_reference, measure_probe, prepared_references, probe_references, task_pairs
+from thinkfusion.probing import (
+    Prober,
+    as_reference,
+    blank_ids,
+    measure_probe,
+    prepared_references,
+    probe_references,
+    task_pairs,
+)
+from thinkfusion.rendering import Renderer
 from thinkfusion.report_page import report_page
 from thinkfusion.reporting import measured_lines
 
@@ -31,13 +40,14 @@ from .test_training import config, conversations, logged
 
 NAMES = {
     "thinking": ("closes", "closes_inside", "closes_again", "trace_begins"),
-    "non_thinking": ("answer_begins", "answer_closes"),
+    "non_thinking": ("answer_begins", "answer_blank", "answer_closes"),
 }
 
 
 def by_hand(model, tokenizer, rows, scheme="control"):
     """Each row alone, each place by itself."""
     closing, end_of_turn = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
+    blank = {end_of_turn, tokenizer.eos_token_id, *tokenizer.encode("\n")}
     found = {name: [] for names in NAMES.values() for name in names}
     model.eval()
     for row in rows:
@@ -52,6 +62,7 @@ def by_hand(model, tokenizer, rows, scheme="control"):
             answered = rendered.ids.index(end_of_turn, first)
             if mode is Mode.NON_THINKING:
                 found["answer_begins"].append(at(first, rendered.ids[first]))
+                found["answer_blank"].append(sum(at(first, token) for token in blank))
                 found["answer_closes"].append(at(answered, closing))
                 continue
             end = rendered.ids.index(closing, first)
@@ -77,6 +88,40 @@ def test_the_probabilities_are_those_of_each_place_by_itself(model, base_tokeniz
             assert low <= found[mode][name] <= high
             assert found[mode][name] == pytest.approx(expected[name], rel=1e-3), name
     assert max(expected.values()) > 2 * min(expected.values())  # or it would not matter which is which
+
+
+def test_an_answer_that_begins_blank_is_told(model, tokenizer):
+    """Whether its turn ends at once or a line break comes first; where the answer itself is so, nothing is told."""
+    install_chat_template(tokenizer, model)
+    line_break, end_of_turn, closing = tokenizer.convert_tokens_to_ids(["Ċ", "<|im_end|>", "</think>"])
+    blank = blank_ids(tokenizer, {end_of_turn})
+    assert {line_break, end_of_turn} <= blank
+    assert not blank & {closing, *tokenizer.encode("a b")}
+    (reference,) = Prober(tokenizer).references(
+        Conversation.from_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    )
+    for token, expected in ((line_break, 1.0), (end_of_turn, 1.0), (reference.ids[reference.first], 0.0)):
+        with torch.no_grad():
+            states = model.model(torch.tensor([reference.ids])).last_hidden_state[0, reference.first - 1]
+            rows = torch.zeros_like(model.get_input_embeddings().weight)
+            rows[token] = 100 * states / states.square().sum()
+            model.get_output_embeddings().weight = torch.nn.Parameter(rows)
+        found = probe_references(model, [reference], closing, blank)["non_thinking"]
+        assert found["answer_blank"] == pytest.approx(expected, abs=1e-6)
+    begins = reference._replace(ids=[*reference.ids[: reference.first], line_break], end=None)
+    found = probe_references(model, [begins], closing, blank)["non_thinking"]
+    assert (found["answer_blank"], found["samples"]) == (None, 1)
+
+
+def test_a_vocabulary_is_read_once_for_all_rows(tokenizer, model, monkeypatch):
+    install_chat_template(tokenizer, model)
+    made = []
+    monkeypatch.setattr(
+        Renderer, "__init__", lambda self, *given, own=Renderer.__init__: (made.append(1), own(self, *given))[1]
+    )
+    prober = Prober(tokenizer)
+    assert sum(len(list(prober.references(row))) for row in task_pairs(3)) == 6
+    assert len(made) == 1
 
 
 def test_the_model_is_left_as_it_was(model, tokenizer):
@@ -136,7 +181,7 @@ def test_prepared_sequences_give_the_same_figures(model, tokenizer):
     for sequences in (prepare(rows, tokenizer)[0], stream):
         references = prepared_references(sequences, closing, {end_of_turn}, samples=4)
         assert [reference.mode for reference in references] == [Mode.THINKING] * 4 + [Mode.NON_THINKING] * 4
-        found = probe_references(model, references, closing)
+        found = probe_references(model, references, closing, blank_ids(tokenizer, {end_of_turn}))
         expected = switch_probe(model, tokenizer, rows[:4])
         for mode, names in NAMES.items():
             assert {name: found[mode][name] for name in names} == pytest.approx(

@@ -377,6 +377,8 @@ def test_what_the_probe_is_held_against():
     closed["probe_instructions"] = {"thinking": {"closes_again": 0.125}, "non_thinking": {"answer_closes": 0.5}}
     assert comparison_page.scatter(given, "closes again, instructions", "alpaca") == [(0.125, 0.25)]
     assert comparison_page.scatter(given, "answer closes, instructions", "alpaca") == [(0.5, 0.25)]
+    closed["probe"]["non_thinking"]["answer_blank"] = 0.75
+    assert comparison_page.scatter(given, "answer blank, problems", "alpaca") == [(0.75, 0.25)]
 
 
 def test_the_rank_correlation():

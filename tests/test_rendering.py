@@ -66,6 +66,7 @@ def test_contract(tokenizers, kind, mode, turns, system, tools, language):
     offered = TOOLS if tools else None
     conversation = Conversation.from_messages(messages, tools=offered)
     rendered = render(conversation, tokenizer, mode)
+    assert render(conversation, Renderer(tokenizer), mode) == rendered
     assert len(rendered.ids) == len(rendered.trained)
     assert rendered.labels == [t if on else -100 for t, on in zip(rendered.ids, rendered.trained, strict=True)]
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -112,8 +112,11 @@ class SwitchProbeCallback(TrainerCallback):
     was.
     """
 
-    def __init__(self, trainer: SFTTrainer, references: Sequence[Reference], closing_id: int) -> None:
-        self.trainer, self.references, self.closing_id = trainer, list(references), closing_id
+    def __init__(
+        self, trainer: SFTTrainer, references: Sequence[Reference], closing_id: int, blank: Collection[int]
+    ) -> None:
+        self.trainer, self.references = trainer, list(references)
+        self.closing_id, self.blank = closing_id, blank
         self.last: tuple[int, dict[str, Any]] | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -138,13 +141,17 @@ class SwitchProbeCallback(TrainerCallback):
         """The probe of the model as it is now, logged; once for a step. Every process finds the same."""
         if self.last is not None and self.last[0] == step:
             return self.last[1]
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        found = probe_entry(probe_references(model, self.references, self.closing_id))
+        found = self.look()
         self.trainer.model.eval()
         self.trainer.log({f"eval_probe_{name}": found[name] for name in PROBE_NAMES if found[name] is not None})
         self.trainer.model.train()
         self.last = step, found
         return found
+
+    def look(self) -> dict[str, Any]:
+        """The probe of the model as it is now."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return probe_entry(probe_references(model, self.references, self.closing_id, self.blank))
 
     @property
     def history(self) -> list[dict[str, Any]]:

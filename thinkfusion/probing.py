@@ -16,7 +16,7 @@ from thinkfusion.generation import Prompter
 from thinkfusion.intervals import mean
 from thinkfusion.modes import Mode, end_ids
 from thinkfusion.records import read_row
-from thinkfusion.rendering import IGNORED, render, scheme_of
+from thinkfusion.rendering import IGNORED, Renderer, render, scheme_of
 from thinkfusion.sequences import MODES
 from thinkfusion.tasks import generate_samples
 
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 PROBED = {
     Mode.THINKING: ("closes", "closes_inside", "closes_again", "trace_begins"),
-    Mode.NON_THINKING: ("answer_begins", "answer_closes"),
+    Mode.NON_THINKING: ("answer_begins", "answer_blank", "answer_closes"),
 }
 """The probabilities of each mode."""
+LINE_BREAKS = ("\n", "\n\n", "\n\n\n", " \n")
+"""What a reply without text begins with, if not with the end of its turn."""
 
 
 class Reference(NamedTuple):
@@ -60,8 +62,9 @@ def switch_probe(
     the whole reference trace; `closes_inside`, that of the same token before, mean over the places of the trace (near
     0: no trace is cut short); `closes_again`, that of the same token after the whole answer (near 0: no reply closes a
     second time); `trace_begins`, that of the first token after the prefix. `non_thinking`: `answer_begins`, that of
-    the answer's first token; `answer_closes`, that of the closing token after the whole answer (near 0: answers end by
-    ending the turn). `samples` are the rows, in all and of each mode. None where no row has such a place.
+    the answer's first token; `answer_blank`, that of a line break or an end of the turn in its place (near 0: no reply
+    is empty); `answer_closes`, that of the closing token after the whole answer (near 0: answers end by ending the
+    turn). `samples` are the rows, in all and of each mode. None where no row has such a place.
 
     Eight rows cost 8 % of an evaluation of 64 prompts by generation (the demo's checkpoint, one core without AVX-512).
     Works with any switchable template.
@@ -71,7 +74,9 @@ def switch_probe(
     prober = Prober(tokenizer)
     rows = (_conversation(line, row) for line, row in enumerate(pairs, start=1))
     references = [reference for row in rows for reference in prober.references(row)]
-    return probe_references(model, references, prober.closing_id, batch_size=batch_size)
+    return probe_references(
+        model, references, prober.closing_id, blank_ids(tokenizer, prober.end_ids), batch_size=batch_size
+    )
 
 
 def measure_probe(
@@ -109,7 +114,8 @@ class Prober:
         self.tokenizer, self.scheme = tokenizer, scheme_of(tokenizer)
         self.closing_id: int = tokenizer.convert_tokens_to_ids(self.scheme.closing_token)
         self.end_ids = end_ids(tokenizer, self.scheme)
-        self._prompter = None if installed_template(tokenizer) else Prompter(tokenizer)
+        # One for all rows: to read a large vocabulary for each takes longer than its forward pass.
+        self._source = Renderer(tokenizer) if installed_template(tokenizer) else Prompter(tokenizer)
 
     def references(self, row: Conversation) -> Iterator[Reference]:
         """The last exchange in each mode that it can be rendered in."""
@@ -120,14 +126,14 @@ class Prober:
             yield as_reference(ids, mode, first, self.closing_id, self.end_ids)
 
     def _rendered(self, row: Conversation, mode: Mode) -> tuple[list[int], int]:
-        if self._prompter is None:
-            rendered = render(row, self.tokenizer, mode)
+        if isinstance(self._source, Renderer):
+            rendered = render(row, self._source, mode)
             return rendered.ids, rendered.trained.index(True)
         # A template of others is asked for the prompt alone; what follows it is the scheme's.
         step = row.exchanges[-1].steps_in(mode)[0]
         messages = row.to_messages(mode)
         prompt = messages[: len(messages) - len(row.exchanges[-1].steps_in(mode))]
-        ids = self._prompter.prompt_ids(prompt, mode, list(row.tools) or None)
+        ids = self._source.prompt_ids(prompt, mode, list(row.tools) or None)
         written = step.content
         if mode is Mode.THINKING:
             start, end = "".join(self.scheme.thinking_start), "".join(self.scheme.thinking_end)
@@ -147,6 +153,12 @@ def as_reference(ids: Sequence[int], mode: Mode, first: int, closing_id: int, en
         end = None  # there is no closing token, or it is right there
     last = max(place for place in (first, closing, end) if place is not None)
     return Reference(list(ids[: last + 1]), mode, first, closing, end)
+
+
+def blank_ids(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> set[int]:
+    """The tokens that a reply without text begins with: `ends`, which end a turn, and line breaks."""
+    written = {token for text in LINE_BREAKS for token in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    return {*ends, *(token for token in written if "\n" in tokenizer.decode([token]))}
 
 
 def prepared_references(sequences: Any, closing_id: int, ends: Collection[int], *, samples: int) -> list[Reference]:
@@ -178,9 +190,14 @@ def _first_of(modes: Iterable[int], mode: int, count: int) -> Iterator[int]:
 
 
 def probe_references(
-    model: PreTrainedModel, references: Sequence[Reference], closing_id: int, *, batch_size: int = 8
+    model: PreTrainedModel,
+    references: Sequence[Reference],
+    closing_id: int,
+    blank: Collection[int],
+    *,
+    batch_size: int = 8,
 ) -> dict[str, Any]:
-    """The figures of `switch_probe` on references; the model is left as it was."""
+    """The figures of `switch_probe` on references; the model is left as it was. blank: see `blank_ids`."""
     import torch
 
     if not references:
@@ -198,7 +215,7 @@ def probe_references(
             mask = torch.tensor([[1] * len(each.ids) + [0] * (longest - len(each.ids)) for each in batch])
             logits = model(ids, attention_mask=mask.to(model.device), use_cache=False).logits
             for reference, scores in zip(batch, logits, strict=True):
-                _note(values, reference, scores, closing_id)
+                _note(values, reference, scores, closing_id, list(blank))
     found: dict[str, Any] = {"samples": 0}
     for mode, names in PROBED.items():
         count = sum(reference.mode is mode for reference in references)
@@ -209,7 +226,7 @@ def probe_references(
     return found
 
 
-def _note(values: dict[str, list[float]], reference: Reference, scores: Any, closing_id: int) -> None:
+def _note(values: dict[str, list[float]], reference: Reference, scores: Any, closing_id: int, blank: list[int]) -> None:
     """Add a row's probabilities; scores: (length, vocabulary). What stands at a place is told from the one before."""
     ids, first, closing, end = reference.ids, reference.first, reference.closing, reference.end
     thinking = reference.mode is Mode.THINKING
@@ -217,6 +234,8 @@ def _note(values: dict[str, list[float]], reference: Reference, scores: Any, clo
     closes = logs[:, closing_id].exp()
     if closing != first:
         values["trace_begins" if thinking else "answer_begins"].append(float(logs[0, ids[first]].exp()))
+    if not thinking and ids[first] not in blank:
+        values["answer_blank"].append(float(logs[0, blank].exp().sum()))
     if closing is not None:
         values["closes"].append(float(closes[closing - first]))
         if closing > first:

@@ -439,18 +439,20 @@ def _without_tail(ids: list[int], trained: list[bool]) -> tuple[list[int], list[
     return ids[: last + 1], trained[: last + 1]
 
 
-def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, mode: Mode | str | bool) -> Rendered:
+def render(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase | Renderer, mode: Mode | str | bool
+) -> Rendered:
     """Render the last exchange of a conversation in `mode`, with what precedes it as history.
 
-    Returns ids and trained flags of equal lengths, up to and with the end-of-turn token. Raises DataError
-    `missing_reasoning` for thinking mode without a reasoning to train on, ValueError for an unknown mode or a
-    tokenizer without our template.
+    For many rows give a Renderer of the tokenizer, which reads the vocabulary once. Returns ids and trained flags of
+    equal lengths, up to and with the end-of-turn token. Raises DataError `missing_reasoning` for thinking mode without
+    a reasoning to train on, ValueError for an unknown mode or a tokenizer without our template.
     """
     mode = Mode.parse(mode)
     last = len(conversation.exchanges) - 1
     if mode is Mode.THINKING and not conversation.exchanges[last].has_reasoning:
         raise DataError("missing_reasoning", "the last exchange has no reasoning to render in thinking mode.")
-    renderer = Renderer(tokenizer)
+    renderer = tokenizer if isinstance(tokenizer, Renderer) else Renderer(tokenizer)
     renderer.check_calls(conversation.exchanges)
     segments = renderer.segments(conversation, Target(last, mode, frozenset({last})))
     return Rendered(*_without_tail(*renderer.encode([segments])[0]), mode)

@@ -365,6 +365,7 @@ def _probe(figures: Figures) -> str:
             ("closes_again", "the closing token, again", "after a whole answer of thinking mode"),
             ("trace_begins", "the trace's first token", "after the prefix of thinking mode"),
             ("answer_begins", "the answer's first token", "after the prefix of non-thinking mode"),
+            ("answer_blank", "a line break or the end", "in the place of that token"),
             ("answer_closes", "the closing token, in place of the end", "after a whole answer of non-thinking mode"),
         )
     ]
@@ -396,6 +397,7 @@ def _probe_history(figures: Figures) -> str:
             ("closes_again", "closes again", "t dashdot"),
             ("trace_begins", "trace begins", "t dotted"),
             ("answer_begins", "answer begins", "n"),
+            ("answer_blank", "answer begins blank", "n dotted"),
             ("answer_closes", "closes after the answer", "n dashed"),
         )
     ]

@@ -72,6 +72,7 @@ def measured_lines(report: ModeReport) -> list[str]:
             "closes_again": "again",
             "trace_begins": "trace",
             "answer_begins": "answer",
+            "answer_blank": "line break or end in its place",
             "answer_closes": "closing token after it",
         }
         known = ((text, probe.get(name)) for name, text in names.items())

@@ -48,11 +48,7 @@ class TextEncoder:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
         """The encoder of a tokenizer; one that was asked for before comes with all that it remembers."""
-        description = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Runs of white space are tokens in some tokenizers (OLMoE's), and no markup.
-        spaces = [token for token in description["added_tokens"] if not token["content"].strip()]
-        description |= {"added_tokens": spaces, "post_processor": None, "truncation": None, "padding": None}
-        return _remembered(json.dumps(description))
+        return _of(tokenizer.backend_tokenizer.to_str())
 
     def __init__(self, description: dict[str, Any]) -> None:
         spaces = description["added_tokens"]
@@ -145,6 +141,16 @@ class _Cutter:
         for pattern in self._splitting:
             pieces = [part for piece in pieces for part in pattern.split(piece) if part]
         return pieces
+
+
+# Two memories: reading a large vocabulary takes longer than writing it, and what differs is often no matter here.
+@lru_cache(maxsize=REMEMBERED)
+def _of(whole: str) -> TextEncoder:
+    description = json.loads(whole)
+    # Runs of white space are tokens in some tokenizers (OLMoE's), and no markup.
+    spaces = [token for token in description["added_tokens"] if not token["content"].strip()]
+    description |= {"added_tokens": spaces, "post_processor": None, "truncation": None, "padding": None}
+    return _remembered(json.dumps(description))
 
 
 @lru_cache(maxsize=REMEMBERED)

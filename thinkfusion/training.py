@@ -36,7 +36,7 @@ from thinkfusion.mode_sums import ModeSums, counts_by_mode
 from thinkfusion.modes import end_ids
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
-from thinkfusion.probing import prepared_references, probe_entry, probe_references
+from thinkfusion.probing import blank_ids, prepared_references
 from thinkfusion.quantising import is_quantised
 from thinkfusion.rendering import IGNORED, scheme_of
 from thinkfusion.routing import RouteCounter
@@ -153,7 +153,8 @@ class ThinkFusionTrainer(HubTrainer):
         references = prepared_references(sequences, self._closing_id, ends, samples=self.args.probe_rows)
         if not references:
             return None
-        probe = SwitchProbeCallback(self, references, self._closing_id)
+        blank = blank_ids(self.processing_class, ends)
+        probe = SwitchProbeCallback(self, references, self._closing_id, blank)
         self.add_callback(probe)
         return probe
 
@@ -233,9 +234,8 @@ class ThinkFusionTrainer(HubTrainer):
         """What is done for the control tokens of this model, as it is before the first step."""
         args, closes, closed = self.args, None, True
         if self.switch_probe is not None:
-            references = self.switch_probe.references
-            closed = any(reference.closing is not None for reference in references)
-            closes = probe_entry(probe_references(self.model, references, self._closing_id)).get("closes")
+            closed = any(reference.closing is not None for reference in self.switch_probe.references)
+            closes = self.switch_probe.look().get("closes")
         can_weigh = args.loss_type == "nll" and not args.label_smoothing_factor
         return settle(
             self._new_tokens,

@@ -21,6 +21,8 @@ PROBED = {
     "closes inside": ("thinking", ("closes_inside",), "probe"),
     "closes again, instructions": ("thinking", ("closes_again",), "probe_instructions"),
     "answer begins": ("non_thinking", ("answer_begins",), "probe"),
+    "answer blank, problems": ("non_thinking", ("answer_blank",), "probe"),
+    "answer blank, instructions": ("non_thinking", ("answer_blank",), "probe_instructions"),
     "answer closes, solutions": ("non_thinking", ("answer_closes",), "probe_written"),
     "answer closes, instructions": ("non_thinking", ("answer_closes",), "probe_instructions"),
 }
@@ -79,13 +81,17 @@ def table(results: list[dict[str, Any]]) -> str:
                 lines.append(f"| {' | '.join(parts)} |")
     probed = ("rows", "recipe", "instructions", "closes", "closes inside", "trace begins", "answer begins")
     probed += ("answer closes, solutions", "closes again; answer closes, instructions")
+    probed += ("answer blank: problems; instructions",)
     probed += ("trained tokens", "seconds", "dtype")
     lines += ["", f"| {' | '.join(probed)} |", f"|{'---|' * len(probed)}"]
     for rows, recipe, given in grouped(results):
         names = ("closes", "closes inside", "trace begins", "answer begins", "answer closes, solutions")
         parts = [mean([probed_of(row, name) for row in given], ".3f") for name in names]
-        again = ("closes again, instructions", "answer closes, instructions")
-        parts.append("; ".join(mean([probed_of(row, name) for row in given], ".3f") for name in again))
+        for pair in (
+            ("closes again, instructions", "answer closes, instructions"),
+            ("answer blank, problems", "answer blank, instructions"),
+        ):
+            parts.append("; ".join(mean([probed_of(row, name) for row in given], ".3f") for name in pair))
         parts += [mean([row[key] for row in given], ",.0f") for key in ("trained_tokens", "training_seconds")]
         parts.append(", ".join(sorted({row["dtype"] for row in given})))
         trained_how = ", ".join(sorted({row["instructions"].replace("_", "-") for row in given}))

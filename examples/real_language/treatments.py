@@ -98,8 +98,9 @@ def look(model: Any, tokenizer: Any, texts: list[tuple[str, str, str]]) -> dict[
 
     from thinkfusion import Mode, render
     from thinkfusion.generation import Prompter
+    from thinkfusion.rendering import Renderer
 
-    prompter = Prompter(tokenizer)
+    prompter, renderer = Prompter(tokenizer), Renderer(tokenizer)
     ends = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
     logs: dict[str, list[list[float]]] = {state: [] for state in STATES}
     inside = []
@@ -117,7 +118,7 @@ def look(model: Any, tokenizer: Any, texts: list[tuple[str, str, str]]) -> dict[
             if mode == "thinking":
                 inside.append(float(scores[:-1, ends[0]].exp().mean()))
         said = as_conversation([{"question": question, "reasoning": trace, "answer": text}])
-        logs["again"].append(scores_of(render(said, tokenizer, "thinking").ids[:-1])[-1, ends].tolist())
+        logs["again"].append(scores_of(render(said, renderer, "thinking").ids[:-1])[-1, ends].tolist())
     found = {state: torch.tensor(each, dtype=torch.float64) for state, each in logs.items()}
     odds = {state: (each[:, 0] - each[:, 1]).mean() for state, each in found.items()}
     figures = {
