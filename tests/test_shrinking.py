@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches whose ended rows leave: the replies are those of one call, whatever the cache looks like."""
 
+from copy import deepcopy
 from functools import wraps
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from tests.tiny_models import BRANCHING, WINDOWED, tiny_random_model
 from thinkfusion import EvaluationPrompt, Mode, install_chat_template
+from thinkfusion import shrinking as shrinking_module
 from thinkfusion.generation import Prompter, Sampling, generate
-from thinkfusion.shrinking import SMALLEST, can_shrink, generate_shrinking, prefill_in_pieces
+from thinkfusion.shrinking import SMALLEST, GrowingLayer, can_shrink, generate_shrinking, prefill_in_pieces
 
 ROWS, NEW = 2 * SMALLEST + 3, 24
 ENDS = list(range(1, 60))
@@ -56,6 +59,7 @@ def own_ends(model, ids, mask) -> list[int]:
 
 @pytest.mark.parametrize(("family", "window"), CACHES)
 def test_the_replies_of_every_family_are_those_of_one_call(family, window, monkeypatch):
+    monkeypatch.setattr(shrinking_module, "ROOM", 3)  # full many times
     model = quiet(tiny_random_model(family, window=window))
     assert can_shrink(model, ROWS)
     ids, mask = left_padded()
@@ -100,6 +104,41 @@ def test_in_float32_replies_part_only_where_tokens_tie(family, window):
             step, first, second = parting
             scores = scored.scores[step][place]
             assert scores[first].item() == pytest.approx(scores[second].item(), abs=1e-4)
+
+
+def test_a_growing_layer_holds_what_a_dynamic_one_does(monkeypatch):
+    """Rows leave, are put in another order and repeated, and tokens are taken back, in any order; copies are alone."""
+    monkeypatch.setattr(shrinking_module, "ROOM", 4)
+    torch.manual_seed(0)
+    growing, dynamic = GrowingLayer(), DynamicLayer()
+    assert growing.get_seq_length() == 0
+    rows, copied = 6, 0
+    for step in range(60):
+        states = [torch.randn(rows, 2, 5 if step == 0 else 1 + step % 3, 8) for _ in range(2)]
+        held = growing.keys.data_ptr() if step else None
+        for ours, theirs in zip(growing.update(*states), dynamic.update(*states), strict=True):
+            assert torch.equal(ours, theirs)
+        copied += growing.keys.data_ptr() != held
+        assert growing.get_seq_length() == dynamic.get_seq_length()
+        assert growing.get_mask_sizes(1) == dynamic.get_mask_sizes(1)
+        for layer in (growing, dynamic):
+            if step == 20:
+                layer.batch_select_indices(torch.tensor([4, 0, 3]))
+            elif step == 30:
+                layer.reorder_cache(torch.tensor([2, 2, 0]))
+            elif step == 40:
+                layer.crop(-3)
+            elif step == 50:
+                layer.batch_repeat_interleave(2)
+        rows = len(growing.keys)
+        if step == 45:
+            before, alone = growing.keys.clone(), deepcopy(growing)
+            alone.update(*(torch.ones(rows, 2, 1, 8) for _ in range(2)))
+            assert torch.equal(growing.keys, before)
+    assert 20 < copied < 40
+    growing.reset()
+    assert growing.get_seq_length() == 0
+    assert torch.equal(growing.update(*states)[1], states[1])
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text", "jamba", "nemotron_h"])

@@ -20,6 +20,8 @@ LEAVING = 0.25
 """Part of the rows that leaves at a time, not each when it ends: the others' cache is copied whenever some leave."""
 PIECE = 1024
 """Tokens of prompts at a time: enough for the products of matrices, few enough that the lengths are similar."""
+ROOM = 32
+"""Tokens that a cache has room for beyond those it holds: one that is full is copied."""
 WORTH = 0.75
 """Part of a padded batch that pieces may compute at most."""
 PLAIN = {
@@ -27,6 +29,42 @@ PLAIN = {
     *("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "use_cache", "trust_remote_code"),
 }
 """Settings of a generation that read the rows as they are, however many calls they were made in."""
+
+
+class GrowingLayer(DynamicLayer):
+    """Writes new tokens behind those it holds; a `DynamicLayer` copies all that it holds for each."""
+
+    rooms: tuple[torch.Tensor, ...] = ()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States: (rows, heads, new tokens, width). Returns all, (rows, heads, tokens, width), as views."""
+        held, new = self.get_seq_length(), (key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = held + key_states.shape[-2]
+        replaced = not self.rooms or self.keys.data_ptr() != self.rooms[0].data_ptr()
+        if replaced or length > self.rooms[0].shape[-2]:
+            self.rooms = tuple(each.new_empty(*each.shape[:2], length + ROOM, each.shape[-1]) for each in new)
+            if held:
+                self.rooms[0][:, :, :held], self.rooms[1][:, :, :held] = self.keys, self.values
+        for room, states in zip(self.rooms, new, strict=True):
+            room[:, :, held:length] = states
+        self.keys, self.values = (room[:, :, :length] for room in self.rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only keep such rows."""
+        self.rooms = ()
+        super().batch_select_indices(indices)
+
+
+def growing_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache for a model that `can_shrink` allows."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 class SomeEnded(StoppingCriteria):
@@ -60,7 +98,10 @@ def generate_shrinking(
     row. arguments: others of `generate`, one sequence for a prompt. Returns the new tokens of each row, with what comes
     after its end. For models that `can_shrink` allows; others may fail in the selection of their cache.
     """
-    length, left, cache = ids.shape[1], max_new_tokens, prefill_in_pieces(model, ids, mask, **arguments)
+    length, left = ids.shape[1], max_new_tokens
+    cache = prefill_in_pieces(model, ids, mask, **arguments)
+    if cache is None:
+        cache = growing_cache(model)
     ending = torch.tensor(list(ends), device=ids.device)
     living = list(range(len(ids)))
     found: list[list[int]] = [[] for _ in living]
@@ -128,7 +169,7 @@ def prefill_in_pieces(
             **arguments,
         )
         caches.append(out.past_key_values)
-    whole = DynamicCache(config=model.config)
+    whole = growing_cache(model)
     for index, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         if layers[0].is_initialized:
             keys = torch.cat([_to_length(layer.keys, length - 1) for layer in layers])
