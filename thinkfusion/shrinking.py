@@ -34,6 +34,8 @@ PLAIN = {
 class GrowingLayer(DynamicLayer):
     """Writes new tokens behind those it holds; a `DynamicLayer` copies all that it holds for each."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
     rooms: tuple[torch.Tensor, ...] = ()
 
     def update(
