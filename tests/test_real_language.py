@@ -355,8 +355,10 @@ def test_the_table_and_the_figure_are_those_of_the_results(tmp_path):
         in table
     )
     assert "| 64 | default | Alpaca | non-thinking | - |" in table
-    assert "| trace begins · closes | thinking | -0.87 | -0.87 | -0.87 | 3/3/3 |" in table
-    assert "| closes inside | thinking | - | - | - | 3/3/3 |" in table  # the same everywhere: nothing to rank
+    assert "| trace begins · closes | thinking mode | any format error | -0.87 | -0.87 | -0.87 | 3/3/3 |" in table
+    # The same everywhere: nothing to rank.
+    assert "| closes inside | thinking mode | any format error | - | - | - | 3/3/3 |" in table
+    assert "| closes again, instructions | thinking mode | `extra_tag` | - | - | - | 0/0/0 |" in table
     assert "| 32 | trl | non-thinking | 0.010 |" in table
     assert "own solutions have 90.0 tokens on average" in table
     assert json.loads((tmp_path / "comparison.json").read_text()) == results
@@ -375,10 +377,14 @@ def test_what_the_probe_is_held_against():
     assert comparison_page.scatter(given, "closes", "flips") == []
     assert comparison_page.scatter(given, "answer closes, instructions") == []  # results from before it was looked for
     closed["probe_instructions"] = {"thinking": {"closes_again": 0.125}, "non_thinking": {"answer_closes": 0.5}}
-    assert comparison_page.scatter(given, "closes again, instructions", "alpaca") == [(0.125, 0.25)]
-    assert comparison_page.scatter(given, "answer closes, instructions", "alpaca") == [(0.5, 0.25)]
+    # Of those that finished, those that broke in this way.
+    classes = {"ok": 2, "never_closed": 4, "extra_tag": 1, "empty_answer": 3, "truncated": 5}
+    for mode in Mode:
+        closed["sets"]["alpaca"][mode.value]["classes"] = classes
+    assert comparison_page.scatter(given, "closes again, instructions", "alpaca") == [(0.125, 0.1)]
+    assert comparison_page.scatter(given, "answer closes, instructions", "alpaca") == [(0.5, 0.1)]
     closed["probe"]["non_thinking"]["answer_blank"] = 0.75
-    assert comparison_page.scatter(given, "answer blank, problems", "alpaca") == [(0.75, 0.25)]
+    assert comparison_page.scatter(given, "answer blank, problems", "alpaca") == [(0.75, 0.3)]
 
 
 def test_the_rank_correlation():

@@ -14,21 +14,23 @@ RECIPES: dict[str, dict[str, Any]] = {
 """How each is drawn; marks of different sizes, as recipes often lie at the same place."""
 MODES = ("thinking", "non_thinking")
 SETS = {"gsm8k": "GSM8K", "alpaca": "Alpaca", "flips": "flips"}
+ANY = "format_error"
 PROBED = {
-    "trace begins · closes": ("thinking", ("trace_begins", "closes"), "probe"),
-    "closes": ("thinking", ("closes",), "probe"),
-    "trace begins": ("thinking", ("trace_begins",), "probe"),
-    "closes inside": ("thinking", ("closes_inside",), "probe"),
-    "closes again, instructions": ("thinking", ("closes_again",), "probe_instructions"),
-    "answer begins": ("non_thinking", ("answer_begins",), "probe"),
-    "answer blank, problems": ("non_thinking", ("answer_blank",), "probe"),
-    "answer blank, instructions": ("non_thinking", ("answer_blank",), "probe_instructions"),
-    "answer closes, solutions": ("non_thinking", ("answer_closes",), "probe_written"),
-    "answer closes, instructions": ("non_thinking", ("answer_closes",), "probe_instructions"),
+    "trace begins · closes": ("thinking", ("trace_begins", "closes"), "probe", ANY),
+    "closes": ("thinking", ("closes",), "probe", ANY),
+    "trace begins": ("thinking", ("trace_begins",), "probe", ANY),
+    "closes inside": ("thinking", ("closes_inside",), "probe", ANY),
+    "closes again, instructions": ("thinking", ("closes_again",), "probe_instructions", "extra_tag"),
+    "answer begins": ("non_thinking", ("answer_begins",), "probe", ANY),
+    "answer blank, problems": ("non_thinking", ("answer_blank",), "probe", "empty_answer"),
+    "answer blank, instructions": ("non_thinking", ("answer_blank",), "probe_instructions", "empty_answer"),
+    "answer closes, solutions": ("non_thinking", ("answer_closes",), "probe_written", "extra_tag"),
+    "answer closes, instructions": ("non_thinking", ("answer_closes",), "probe_instructions", "extra_tag"),
 }
-"""What is held against the format error of a mode: a probability of the probe, or a product of two, and the rows that
-it is of. A reply in thinking mode has to begin as a trace does, and to close it: few rows of the treated recipe can
-bring the second alone. What closes where an answer ends has to be looked for after answers of the kind."""
+"""What is held against the replies of a mode that break, or break in one way: a probability of the probe, or a product
+of two, and the rows that it is of. A reply in thinking mode has to begin as a trace does, and to close it: few rows of
+the treated recipe can bring the second alone. What closes where an answer ends has to be looked for after answers of
+the kind."""
 PREDICTOR = next(iter(PROBED))
 
 
@@ -100,16 +102,17 @@ def table(results: list[dict[str, Any]]) -> str:
     if references:
         told = ", ".join(f"{tokens:.1f}" for tokens in sorted(references))
         lines += ["", f"The traces of the problems' own solutions have {told} tokens on average."]
-    named = ("rank correlation (Spearman) with the format error", "mode", *SETS.values(), "n")
+    named = ("rank correlation (Spearman)", "with replies of", "that have", *SETS.values(), "n")
     found = {
         (predictor, name): rank_correlation(scatter(results, predictor, name)) for predictor in PROBED for name in SETS
     }
     if any(value is not None for value in found.values()):
         lines += ["", f"| {' | '.join(named)} |", f"|{'---|' * len(named)}"]
-        for predictor, (mode, *_) in PROBED.items():
+        for predictor, (mode, *_, broken) in PROBED.items():
             values = [mean([found[predictor, name]], ".2f") for name in SETS]
             counts = "/".join(str(len(scatter(results, predictor, name))) for name in SETS)
-            parts = (predictor, mode.replace("_", "-"), *values, counts)
+            told = "any format error" if broken == ANY else f"`{broken}`"
+            parts = (predictor, f"{mode.replace('_', '-')} mode", told, *values, counts)
             lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
 
@@ -124,20 +127,22 @@ def grouped(results: list[dict[str, Any]]) -> list[tuple[int, str, list[dict[str
 def scatter(
     results: list[dict[str, Any]], predictor: str = PREDICTOR, name: str = "gsm8k"
 ) -> list[tuple[float, float]]:
-    """What the probe says and the format error of the mode on a set, of each result that has both."""
-    mode = PROBED[predictor][0]
+    """What the probe says and how many replies of a set break so, of those that finished, of each result with both."""
+    mode, _, _, broken = PROBED[predictor]
     points = []
     for row in results:
         probability = probed_of(row, predictor)
-        error = row["sets"][name][mode]["format_error"] if name in row["sets"] else None
-        if error is not None and probability is not None:
-            points.append((probability, error))
+        cell = row["sets"].get(name, {}).get(mode)
+        if cell is None or probability is None or cell["format_error"] is None:
+            continue
+        finished = sum(count for kind, count in cell["classes"].items() if kind != "truncated")
+        points.append((probability, cell[ANY] if broken == ANY else cell["classes"].get(broken, 0) / finished))
     return points
 
 
 def probed_of(row: dict[str, Any], predictor: str) -> float | None:
     """One of `PROBED` of a result; None where it was not looked for, or the rows have no such place."""
-    mode, factors, kind = PROBED[predictor]
+    mode, factors, kind, _ = PROBED[predictor]
     values = [row.get(kind, {}).get(mode, {}).get(factor) for factor in factors]
     return None if None in values else math.prod(values)
 
