@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 from tests.families import family_tokenizer
 from thinkfusion import Mode, ThinkingBudget, install_chat_template, replies, reply, split_reply, stream_reply
 from thinkfusion.budget import ends_sentence
+from thinkfusion.chat_templates import scheme_of
 from thinkfusion.checkpointing import tiny_base_path
 from thinkfusion.generation import Prompter, Sampling, generate
-from thinkfusion.rendering import scheme_of
 
 WORDS = ["a", "b", " ", ".", "\n", "!", "3", "다"]
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from thinkfusion import Conversation, DataError, Mode, Renderer, install_chat_template, mix, render
+from thinkfusion.chat_templates import scheme_of
 from thinkfusion.checkpointing import tiny_base_path
 from thinkfusion.conversations import MessageOptions
-from thinkfusion.rendering import scheme_of
 
 TEXTS = {
     "en": ("What is 2 + 2?", "Two and two.\n\nThat is four.", "It is 4."),

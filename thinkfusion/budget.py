@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import LogitsProcessor
 
+from thinkfusion.chat_templates import scheme_of
 from thinkfusion.modes import THINK_OPEN, Scheme, get_scheme
-from thinkfusion.rendering import scheme_of
 from thinkfusion.shortening import NO_SENTENCE, SENTENCE_END
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from thinkfusion.dialects import CHATML, DIALECTS, Dialect, get_dialect
-from thinkfusion.modes import THINK_CLOSE, THINK_OPEN, Mode, Scheme
+from thinkfusion.modes import CONTROL, EMPTY_BLOCK, THINK_CLOSE, THINK_OPEN, Mode, Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,6 +128,32 @@ def installed_template(tokenizer: PreTrainedTokenizerBase) -> InstalledTemplate 
         return None
     dialect = DIALECTS[found[1]].for_tokenizer(tokenizer)
     return InstalledTemplate(dialect, dialect.scheme(found[2]), Mode.parse(found[3]), found[4] == "True")
+
+
+def scheme_of(tokenizer: PreTrainedTokenizerBase) -> Scheme:
+    """The scheme of any switchable chat template, ours or not, told from what its prompts end in.
+
+    Raises ValueError if the template is missing or both modes have the same prompt.
+    """
+    template = installed_template(tokenizer)
+    if template is not None:
+        return template.scheme
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; call install_chat_template(tokenizer, model) first.")
+    thinking, non_thinking = (_template_prompt(tokenizer, mode) for mode in (Mode.THINKING, Mode.NON_THINKING))
+    if thinking == non_thinking:
+        raise ValueError("the tokenizer's chat template has no thinking switch: both modes have the same prompt.")
+    # Where the prompt opens the trace itself, the reply is read as with `control`: it begins inside the trace.
+    return CONTROL if thinking.rstrip().endswith(THINK_OPEN) else EMPTY_BLOCK
+
+
+def _template_prompt(tokenizer: PreTrainedTokenizerBase, mode: Mode) -> str:
+    switch = mode is Mode.THINKING
+    messages = [{"role": "user", "content": "a"}]
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=switch, thinking=switch
+    )
+    return str(text)
 
 
 def recognise_dialect(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> Dialect:

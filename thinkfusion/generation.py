@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from thinkfusion.chat_templates import installed_template
+from thinkfusion.chat_templates import installed_template, scheme_of
 from thinkfusion.conversations import Conversation, DataError, Message, MessageOptions
 from thinkfusion.modes import (
     THINK_CLOSE,
@@ -22,7 +22,7 @@ from thinkfusion.modes import (
     split_reply,
     split_soft_switch,
 )
-from thinkfusion.rendering import Renderer, scheme_of
+from thinkfusion.rendering import Renderer
 from thinkfusion.sampling_defaults import SamplingDefaults, generation_defaults
 
 if TYPE_CHECKING:

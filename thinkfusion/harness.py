@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thinkfusion.chat_templates import scheme_of
 from thinkfusion.intervals import Z, wilson_interval
 from thinkfusion.modes import Mode
-from thinkfusion.rendering import scheme_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

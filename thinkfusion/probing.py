@@ -9,14 +9,14 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from thinkfusion.chat_templates import installed_template
+from thinkfusion.chat_templates import installed_template, scheme_of
 from thinkfusion.conversations import Conversation
 from thinkfusion.formats import RecordOptions, detect_format
 from thinkfusion.generation import Prompter
 from thinkfusion.intervals import mean
 from thinkfusion.modes import Mode, end_ids
 from thinkfusion.records import read_row
-from thinkfusion.rendering import IGNORED, Renderer, render, scheme_of
+from thinkfusion.rendering import IGNORED, Renderer, render
 from thinkfusion.sequences import MODES
 from thinkfusion.tasks import generate_samples
 
@@ -114,7 +114,7 @@ class Prober:
         self.tokenizer, self.scheme = tokenizer, scheme_of(tokenizer)
         self.closing_id: int = tokenizer.convert_tokens_to_ids(self.scheme.closing_token)
         self.end_ids = end_ids(tokenizer, self.scheme)
-        # One for all rows: to read a large vocabulary for each takes longer than its forward pass.
+        # One for all rows: making one reads the whole vocabulary.
         self._source = Renderer(tokenizer) if installed_template(tokenizer) else Prompter(tokenizer)
 
     def references(self, row: Conversation) -> Iterator[Reference]:

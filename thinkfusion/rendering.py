@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from thinkfusion.chat_templates import InstalledTemplate, check_control_tokens, installed_template
 from thinkfusion.conversations import Conversation, DataError, Exchange, Message
-from thinkfusion.modes import CONTROL, EMPTY_BLOCK, THINK_OPEN, Mode, Scheme, split_soft_switch
+from thinkfusion.modes import Mode, Scheme, split_soft_switch
 from thinkfusion.tokenising import AFTER_CONTROL, AFTER_TEXT, START, TOKEN_BYTES, TextEncoder, token_bytes
 
 if TYPE_CHECKING:
@@ -456,46 +456,3 @@ def render(
     renderer.check_calls(conversation.exchanges)
     segments = renderer.segments(conversation, Target(last, mode, frozenset({last})))
     return Rendered(*_without_tail(*renderer.encode([segments])[0]), mode)
-
-
-def scheme_of(tokenizer: PreTrainedTokenizerBase) -> Scheme:
-    """The scheme of any switchable chat template, ours or not, told from what its prompts end in.
-
-    Raises ValueError if the template is missing or both modes have the same prompt.
-    """
-    template = installed_template(tokenizer)
-    if template is not None:
-        return template.scheme
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; call install_chat_template(tokenizer, model) first.")
-    thinking, non_thinking = (_template_prompt(tokenizer, mode) for mode in (Mode.THINKING, Mode.NON_THINKING))
-    if thinking == non_thinking:
-        raise ValueError("the tokenizer's chat template has no thinking switch: both modes have the same prompt.")
-    # Where the prompt opens the trace itself, the reply is read as with `control`: it begins inside the trace.
-    return CONTROL if thinking.rstrip().endswith(THINK_OPEN) else EMPTY_BLOCK
-
-
-def _template_prompt(tokenizer: PreTrainedTokenizerBase, mode: Mode) -> str:
-    switch = mode is Mode.THINKING
-    messages = [{"role": "user", "content": "a"}]
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=switch, thinking=switch
-    )
-    return str(text)
-
-
-def trained_counts(rendered: Iterable[Rendered]) -> dict[Mode, int]:
-    """Trained tokens by mode."""
-    counts = dict.fromkeys(Mode, 0)
-    for sequence in rendered:
-        counts[sequence.mode] += sum(sequence.trained)
-    return counts
-
-
-def steps_without_reasoning(conversation: Conversation) -> int:
-    """Assistant steps of thinking exchanges that came without reasoning and are therefore context only."""
-    missing = 0
-    for exchange in conversation.exchanges:
-        if Mode.THINKING in exchange.modes and len(exchange.steps) > 1 and exchange.has_reasoning:
-            missing += sum(step.role == "assistant" and step.reasoning is None for step in exchange.steps)
-    return missing

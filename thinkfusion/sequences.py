@@ -16,7 +16,7 @@ from thinkfusion.mixture import MixtureOptions, assign_modes, copies, draw, lang
 from thinkfusion.modes import Mode
 from thinkfusion.reading import DataError, Note
 from thinkfusion.records import RowOutcome, read_row
-from thinkfusion.rendering import IGNORED, Renderer, Target, steps_without_reasoning
+from thinkfusion.rendering import IGNORED, Renderer, Target
 from thinkfusion.shortening import ReasoningOptions, apply_reasoning_options, shorten_to_fit
 from thinkfusion.tokenising import TOKEN_BYTES
 
@@ -217,7 +217,7 @@ class SequenceMaker:
         repeated = 1 if chunk.weight == 1 else copies(own, chunk.weight, plan.mixture)
         if not repeated:
             outcome.notes.append(Note("noted", "not_drawn", "a source of a weight below 1"))
-        untrained = steps_without_reasoning(assigned)
+        untrained = _steps_without_reasoning(assigned)
         if untrained:
             outcome.notes.extend([Note("noted", "untrained_step", "without reasoning, in thinking mode")] * untrained)
         draft = _Draft(position, own, assigned, repeated, self.renderer.targets(assigned))
@@ -328,6 +328,15 @@ def _failed(outcome: RowOutcome, error: DataError) -> RowOutcome:
         given = outcome.conversation
         error = error.at(outcome.source, outcome.line if given is None or given.line is None else given.line)
     return outcome._replace(conversation=None, error=error)
+
+
+def _steps_without_reasoning(conversation: Conversation) -> int:
+    """Assistant steps of thinking exchanges that came without reasoning and are therefore context only."""
+    missing = 0
+    for exchange in conversation.exchanges:
+        if Mode.THINKING in exchange.modes and len(exchange.steps) > 1 and exchange.has_reasoning:
+            missing += sum(step.role == "assistant" and step.reasoning is None for step in exchange.steps)
+    return missing
 
 
 def _joined(pieces: Pieces) -> _Sequence:

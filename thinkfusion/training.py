@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 from thinkfusion.balance import Balancer, BiasUpdate
 from thinkfusion.callbacks import GradientCheck, RoutingCallback, StepsCheck, SwitchProbeCallback
-from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template
+from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template, scheme_of
 from thinkfusion.checkpointing import checkpoint_to_train
 from thinkfusion.configuration import ThinkFusionConfig
 from thinkfusion.control_tokens import (
@@ -38,7 +38,7 @@ from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator
 from thinkfusion.preparing import prepare
 from thinkfusion.probing import blank_ids, prepared_references
 from thinkfusion.quantising import is_quantised
-from thinkfusion.rendering import IGNORED, scheme_of
+from thinkfusion.rendering import IGNORED
 from thinkfusion.routing import RouteCounter
 from thinkfusion.row_report import RowReport
 from thinkfusion.sampling_defaults import set_generation_defaults
