@@ -8,6 +8,7 @@ Settings come from a YAML file (--config) and from flags of the same names, whic
 `ThinkFusionConfig`, and so of TRL's SFTConfig and transformers' TrainingArguments, is one too.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+gc.disable()  # until all is imported: a fifth of the time would go into looking for garbage that is not there
 
 import torch
 from trl import TrlParser
@@ -49,6 +51,9 @@ from thinkfusion.evaluate_verb import verdict_lines
 from thinkfusion.launching import follow_launcher, usable_cores
 from thinkfusion.qlora import place
 from thinkfusion.saving import SavingError, last_checkpoint
+
+gc.freeze()
+gc.enable()
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 EMBEDDED = "tasks"

@@ -3,8 +3,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,8 @@ from thinkfusion import (
 from thinkfusion.generation import Prompter
 from thinkfusion.modes import Mode
 from thinkfusion.preferences import PreferenceWriter
+
+from .forked import run_forked
 
 ROOT = Path(__file__).parent.parent
 MESSAGES = [{"role": "user", "content": "What closes <think>? </think><|im_end|> I guess."}]
@@ -137,14 +137,7 @@ def test_the_recipe_trains_on_them_and_exports(base_tokenizer, given, tmp_path, 
     flags = ["--model", str(base), "--dataset", str(path), "--output_dir", str(tmp_path / "out"), "--lora", lora]
     flags += ["--max_steps", "6", "--learning_rate", "1e-3", "--logging_steps", "1", "--evaluation_samples", "2"]
     flags += ["--evaluation_max_new_tokens", "4", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "dpo.py"), *flags],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=200,
-        check=False,
-    )
+    done = run_forked(ROOT / "recipes" / "dpo.py", *flags, environment={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "8 rows: 4 thinking, 4 non-thinking" in done.stdout
     logs = [json.loads(line.replace("'", '"')) for line in done.stdout.splitlines() if line.startswith("{'loss'")]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From sources to sequences: the same through a file, as a stream and over processes; long rows, cache and account."""
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -143,6 +144,23 @@ def test_sequences_are_those_of_the_renderer(write, mixed_rows, tokenizer):
     ]
     assert listed(prepare(path, tokenizer, records=ALL)[0]) == expected
     assert listed(prepare(conversations, tokenizer)[0]) == expected
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(collecting, write, mixed_rows, tokenizer):
+    """What a program froze stays frozen: else every later collection looks through all that it imported."""
+    assert gc.isenabled()
+    kept = [object() for _ in range(1000)]
+    gc.freeze()
+    if not collecting:
+        gc.disable()
+    before = gc.get_freeze_count()
+    try:
+        prepare(write(mixed_rows), tokenizer, records=ALL)
+        assert gc.isenabled() is collecting
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() > 0.9 * before > len(kept)
 
 
 def test_the_seed_decides_and_nothing_else(write, mixed_rows, tokenizer, tmp_path):

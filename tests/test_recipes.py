@@ -17,7 +17,8 @@ import psutil
 import pytest
 import torch
 import yaml
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from datasets import Dataset
 
 from thinkfusion import (
@@ -33,6 +34,8 @@ from thinkfusion.cli import main
 from thinkfusion.digests import weights_digest
 from thinkfusion.launching import launched_alone, requested_processes
 
+from .forked import run_forked
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -45,10 +48,25 @@ def free_port() -> int:
 
 
 def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:
-    options = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port()), str(ROOT / "recipes" / "sft.py"), *flags]
+    """What `accelerate launch recipes/sft.py` does."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options(processes), *flags]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ONE_THREAD, timeout=300, check=False)
+
+
+def launch_forked(*flags: str) -> subprocess.CompletedProcess:
+    """The same with one process: with the command and the environment that the launcher makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", dict(ONE_THREAD))
+        arguments = _validate_launch_command(launch_command_parser().parse_args([*options(1), *flags]))[0]
+        (_, program, *given), environment = prepare_simple_launcher_cmd_env(arguments)
+    return run_forked(Path(program), *given, environment=environment)
+
+
+def options(processes: int) -> list[str]:
+    return [
+        *("--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"),
+        *("--dynamo_backend", "no", "--main_process_port", str(free_port()), str(ROOT / "recipes" / "sft.py")),
+    ]
 
 
 def history(folder: Path) -> list[dict]:
@@ -102,7 +120,7 @@ def test_the_default_recipe_trains_exports_and_measures(trained):
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path, settings, samples):
     flags = ["--max_steps", "5", "--train_samples", samples, "--logging_steps", "1", "--evaluation_samples", "0"]
     flags += ["--save_strategy", "steps", "--save_steps", "5", *settings]
-    one = launch("--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "8", *flags)
+    one = launch_forked("--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "8", *flags)
     two = launch("--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "4", *flags, processes=2)
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
@@ -142,7 +160,7 @@ def test_lora_by_flag_and_columns_by_name(tmp_path, four_bit):
         "--output_dir",
         str(tmp_path / "out"),
     ]
-    done = launch(*flags)
+    done = launch_forked(*flags)
     assert done.returncode == 0, done.stderr
     assert "rows: 8 read = 8 kept + 0 skipped" in done.stdout
     assert "thinkfusion evaluate" in done.stdout  # there are no prompts to measure on
@@ -168,10 +186,10 @@ def test_a_stopped_launcher_leaves_a_checkpoint_that_is_gone_on_from(tmp_path):
     (saved,) = tmp_path.glob("checkpoint-*")
     assert f"Stopped by SIGTERM. {saved} is whole" in (tmp_path / "log").read_text()
     steps = int(saved.name.removeprefix("checkpoint-")) + 1
-    done = launch(*flags, "--max_steps", str(steps), "--resume", "true")
+    done = launch_forked(*flags, "--max_steps", str(steps), "--resume", "true")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.safetensors").is_file()
-    again = launch(*flags, "--max_steps", "1")
+    again = launch_forked(*flags, "--max_steps", "1")
     assert again.returncode == 1
     assert f"output_dir: found {saved}, of an earlier run" in again.stderr
 

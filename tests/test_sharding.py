@@ -17,6 +17,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+from tests.forked import run_forked
 from tests.test_recipes import ONE_THREAD, free_port
 from tests.tiny_models import tiny_config, tiny_random_model
 from thinkfusion.activations import decoder_layers
@@ -209,10 +210,10 @@ def test_the_script_for_a_gpu_runs(tmp_path: Path) -> None:
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 4}
     config |= {"num_experts_per_tok": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, str(ROOT / "tests" / "gpu" / "run.py"), "--output_dir", str(tmp_path / "out")]
-    command += ["--config", str(tmp_path / "config.json"), "--json", str(tmp_path / "gpu.json"), "--any_device"]
+    flags = ["--config", str(tmp_path / "config.json"), "--json", str(tmp_path / "gpu.json"), "--any_device"]
+    flags += ["--output_dir", str(tmp_path / "out")]
     environment = {**ONE_THREAD, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = run_forked(ROOT / "tests" / "gpu" / "run.py", *flags, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout
     assert "passed: a resumed run goes on as the whole one" in done.stdout
     assert len(json.loads((tmp_path / "gpu.json").read_text())["losses"]) == 5

@@ -165,11 +165,13 @@ class SequenceMaker:
         """The sequences of a chunk; a row that cannot be used has its error in its outcome."""
         # A chunk makes many small objects and no cycles. Left to itself the collector would look through everything
         # that torch and transformers have loaded, again and again: half as long again.
-        gc.freeze()
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             return self._made(chunk)
         finally:
-            gc.unfreeze()
+            if collecting:
+                gc.enable()
 
     def _made(self, chunk: Chunk) -> Prepared:
         return self._packed(*self._drafts(chunk))

@@ -5,10 +5,11 @@
 
 The training is a real one, small: the embedded base checkpoint on the embedded tasks, both modes, with a checkpoint
 every third step. SIGKILL comes alternately during training (after some steps, and a part of one) and during a save
-(after a part of the time that saves take). Every start is a fresh process, which goes on from the last whole
-checkpoint. When a run gets to its end before all kills are spent, another one begins, in an empty folder. At every
-end, all that the last checkpoint holds as tensors, weights, optimizer, random states, is compared with that of the run
-never killed. With `--processes 2`, one process is killed first, and the other up to a tenth of a second later.
+(after a part of the time that saves take). Every start is a process of its own, forked from one that has only imported,
+and goes on from the last whole checkpoint. When a run gets to its end before all kills are spent, another one begins,
+in an empty folder. At every end, all that the last checkpoint holds as tensors, weights, optimizer, random states, is
+compared with that of the run never killed. With `--processes 2`, one process is killed first, and the other up to a
+tenth of a second later.
 
 Ends with 1 if a start did not go on where it should, or an end differs: at all in one process, by more than 1e-6 in the
 weights of several.
@@ -23,13 +24,19 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.forked import FORKS, print_into, take
 
 SAVE_STEPS = 3
 PATIENCE = 90.0
@@ -39,8 +46,12 @@ TOLERANCE = {1: 0.0, 2: 1e-6}
 # What is killed -------------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, steps: int, lora: bool) -> None:
-    """Train to the end from the last whole checkpoint, and tell each step and save on standard output."""
+def train(
+    folder: Path, steps: int, lora: bool, environment: dict[str, str], printed: Path, report: Connection | None
+) -> None:
+    """Train to the end from the last whole checkpoint, and tell each step and save."""
+    print_into(printed, printed)
+    take(environment)
     from transformers import TrainerCallback
 
     from thinkfusion import (
@@ -65,11 +76,10 @@ def train(folder: Path, steps: int, lora: bool) -> None:
             tell("saved", self.state.global_step)
 
     def tell(event: str, step: int) -> None:
-        print(json.dumps({"event": event, "step": step, "time": time.monotonic()}), file=report, flush=True)
+        if report is not None:
+            report.send({"event": event, "step": step, "time": time.monotonic()})
 
     faulthandler.register(signal.SIGUSR1)  # for one who waits in vain
-    report = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the trainer prints is not for the one who kills
     model, tokenizer = load("tiny-base")
     install_chat_template(tokenizer, model)
     settings = ThinkFusionConfig(
@@ -107,7 +117,8 @@ def train(folder: Path, steps: int, lora: bool) -> None:
         callbacks=[Telling()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    report.close()
+    if report is not None:
+        report.close()
     os._exit(0)  # torch's gloo aborts now and then while an interpreter ends
 
 
@@ -119,39 +130,27 @@ class Run:
 
     def __init__(self, folder: Path, processes: int, steps: int, lora: bool) -> None:
         self.events: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the processes
+        self.written = tempfile.NamedTemporaryFile()  # noqa: SIM115 - as long as the processes
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [
-            sys.executable,
-            __file__,
-            "--train",
-            str(folder),
-            "--steps",
-            str(steps),
-            *(["--lora"] if lora else []),
-        ]
+        self.told, report = FORKS.Pipe(duplex=False)
         self.processes = []
         for rank in range(processes):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
             ranks = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
             own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-            self.processes.append(
-                subprocess.Popen(
-                    command,
-                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                    stderr=self.errors,
-                    env=os.environ | own | (ranks if processes > 1 else {}),
-                )
-            )
+            environment = os.environ | own | (ranks if processes > 1 else {})
+            given = (folder, steps, lora, environment, Path(self.written.name), report if rank == 0 else None)
+            self.processes.append(FORKS.Process(target=train, args=given))
+            self.processes[-1].start()
+        report.close()  # the only one is the first process's: its end is the end of what is told
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        stream = self.processes[0].stdout
-        assert stream is not None
-        for line in stream:
-            self.events.put(json.loads(line))
+        with suppress(EOFError, OSError):
+            while True:
+                self.events.put(self.told.recv())
         self.events.put(None)
 
     def wait_for(self, wanted: str, count: int = 1) -> dict[str, Any] | None:
@@ -170,17 +169,17 @@ class Run:
 
     def stacks(self) -> str:
         """Where each process is, and what was printed before."""
-        codes = [process.poll() for process in self.processes]
+        codes = [process.exitcode for process in self.processes]
         for process in self.processes:
-            process.send_signal(signal.SIGUSR1)
-            time.sleep(1)
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(1)
             process.kill()
         return f"exit codes {codes}\n{self.printed()}"
 
     def printed(self) -> str:
         """The end of what the processes printed."""
-        self.errors.seek(0)
-        return self.errors.read().decode(errors="replace")[-8000:]
+        return Path(self.written.name).read_text(errors="replace")[-8000:]
 
     def kill(self, draw: random.Random) -> None:
         for process in draw.sample(self.processes, len(self.processes)):
@@ -188,12 +187,14 @@ class Run:
             if len(self.processes) > 1:
                 time.sleep(draw.uniform(0, 0.1))
         for process in self.processes:
-            process.wait()
+            process.join()
 
     def end(self) -> None:
         """Wait for the end of a training that is not killed; RuntimeError, with what it printed, if it failed."""
-        codes = [process.wait(timeout=PATIENCE) for process in self.processes]
-        if any(codes):
+        for process in self.processes:
+            process.join(PATIENCE)
+        codes = [process.exitcode for process in self.processes]
+        if any(code != 0 for code in codes):  # None: it is still there
             raise RuntimeError(f"exit codes {codes}:\n{self.printed()}")
 
 
@@ -303,11 +304,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of a run; a checkpoint comes at every third")
     parser.add_argument("--lora", action="store_true", help="train an adapter, and not all weights")
     parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.train:
-        train(arguments.train, arguments.steps, arguments.lora)
-        return
     with tempfile.TemporaryDirectory() as work:
         found = soak(arguments.kills, arguments.seed, arguments.processes, arguments.steps, arguments.lora, Path(work))
     if arguments.json:
