@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+# By all cores, where pip compiles with one; without it every process would, where nothing may be written beside sources.
+# What is for other versions of Python does not compile, and is not needed.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 JINJA_FOR_NODE := @huggingface/jinja@0.5.11
 # make demo and make test never need a network once the packages are installed.
 export HF_HUB_OFFLINE := 1
@@ -13,8 +17,15 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plots]"
+	$(PIP) torch
+	$(PIP) --editable ".[plots]"
+	$(COMPILE)
+	touch $@
+
+# What tests and lint need besides.
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) --editable ".[dev,plots]"
+	$(COMPILE)
 	touch $@
 
 demo: setup
@@ -22,23 +33,23 @@ demo: setup
 		recipes/sft.py
 	@echo
 	@echo 'The same question in both modes:'
-	@$(BIN)/thinkfusion chat runs/tiny --mode thinking 'What is the sum of the digits of 293443 modulo 10?'
-	@$(BIN)/thinkfusion chat runs/tiny --mode non_thinking 'What is the sum of the digits of 293443 modulo 10?'
+	@$(BIN)/thinkfusion chat runs/tiny --mode both 'What is the sum of the digits of 293443 modulo 10?'
 	@echo
 	@echo 'Talk to it: $(BIN)/thinkfusion chat runs/tiny'
 	@$(BIN)/python -c 'import json; print(json.load(open("runs/tiny/mode_report.json"))["verdict"]["headline"])'
 	@echo 'All of it, as a page: runs/tiny/report.html'
 
 # Training in 4 bits is tested too; what it needs says so at every start, and stays out of the demo.
-$(VENV)/.quantise: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quantise]"
+$(VENV)/.quantise: $(VENV)/.dev
+	$(PIP) --editable ".[quantise]"
+	$(COMPILE)
 	touch $@
 
-test: setup $(VENV)/.quantise
+test: $(VENV)/.dev $(VENV)/.quantise
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 # Real servers, each in an environment of its own: vLLM, llama.cpp, transformers serve.
-test-serving: setup
+test-serving: $(VENV)/.dev
 	test -f runs/tiny/config.json || $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
 		--mixed_precision no --dynamo_backend no recipes/sft.py
 	$(BIN)/python tests/serving/environments.py
@@ -54,7 +65,7 @@ engines: setup
 	fi
 
 # make bench GSM8K=gsm8k_train.jsonl; without the file the rows are generated.
-bench: setup
+bench: $(VENV)/.dev
 	mkdir -p runs/benchmarks
 	$(BIN)/python tests/benchmarks/preparation.py $(if $(GSM8K),--gsm8k $(GSM8K)) --json runs/benchmarks/preparation.json
 	$(BIN)/python tests/benchmarks/memory.py --json runs/benchmarks/memory.json
@@ -67,7 +78,8 @@ bench: setup
 	$(BIN)/python tests/benchmarks/rl.py --json runs/benchmarks/rl.json
 
 $(VENV)/.real-language: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real-language]"
+	$(PIP) --editable ".[real-language]"
+	$(COMPILE)
 	touch $@
 
 # The comparison on a real language model: hours of two cores. It stops after 60 minutes; the same again goes on.
@@ -77,12 +89,12 @@ real-language: setup $(VENV)/.real-language
 	$(BIN)/python examples/real_language/compare.py --output runs/real_language$(if $(QUICK),/quick) \
 		--base runs/real_language/base $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick)
 
-lint: setup
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup
+format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -361,6 +361,11 @@ def test_chat_once_and_as_a_conversation(trained, capsys, monkeypatch):
     alone = capsys.readouterr().out
     assert alone.strip()
     assert "[thinking]" not in alone
+    assert main(["chat", folder, "--mode", "both", "--max_new_tokens", "5", "What is 2 + 2?"]) == 0
+    first, second = capsys.readouterr().out.split("non_thinking:\n")
+    assert first.startswith("thinking:\n[thinking]")
+    assert second.strip()
+    assert "[thinking]" not in second
     asked = iter(["What is 2 + 2?", "/no_think", "What is 2 + 2?", "And? /think", "/new", ""])
 
     def answer(_):
@@ -384,6 +389,7 @@ def test_chat_once_and_as_a_conversation(trained, capsys, monkeypatch):
         (["evaluate", "{empty}/notes.txt"], "this is a file"),
         (["evaluate", "{trained}", "--prompts", "none.jsonl"], "none.jsonl: there is no such file"),
         (["chat", "{trained}", "--mode", "maybe", "Hi"], "unknown mode 'maybe'"),
+        (["chat", "{trained}", "--mode", "both"], "found both, which is for one prompt"),
         (["chat", "tiny-base", "Hi"], "no chat template"),
     ],
 )

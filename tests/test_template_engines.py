@@ -2,7 +2,7 @@
 """Every template renders byte for byte alike in Jinja2's sandbox, in minijinja and in @huggingface/jinja.
 
 Servers run one of the three: transformers and vLLM the first, Rust servers the second, JavaScript ones the third. An
-engine that is not installed is skipped; `make setup` and CI install them.
+engine that is not installed is skipped; `make engines` and CI install them.
 """
 
 import itertools

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     chat.add_argument("checkpoint", help="a folder, or a Hub id")
     chat.add_argument("prompt", nargs="?", help="ask this, print the reply and end")
-    chat.add_argument("--mode", help="thinking or non_thinking (default: the template's)")
+    chat.add_argument("--mode", help="thinking, non_thinking, or both for one prompt (default: the template's)")
     chat.add_argument("--system", help="a system message")
     chat.add_argument("--thinking_budget", type=_not_negative, metavar="N", help="close reasoning after N tokens")
     _generation_flags(chat, max_new_tokens=1024)
@@ -262,13 +262,19 @@ def _plan_memory(options: argparse.Namespace) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    mode = None if options.mode is None else Mode.parse(options.mode)
+    both = options.mode == "both"
+    if both and options.prompt is None:
+        raise ValueError("--mode: found both, which is for one prompt. End messages with /think or /no_think.")
+    mode = None if options.mode is None or both else Mode.parse(options.mode)
     model, tokenizer = _load(options)
     messages: list[dict[str, Any]] = []
     if options.system is not None:
         messages.append({"role": "system", "content": options.system})
     if options.prompt is not None:
-        _say(model, tokenizer, [*messages, {"role": "user", "content": options.prompt}], mode, options)
+        for each in Mode if both else (mode,):
+            if both:
+                print(f"{each}:")
+            _say(model, tokenizer, [*messages, {"role": "user", "content": options.prompt}], each, options)
         return
     print("End a message with /think or /no_think to switch; /think or /no_think alone switches from here on;")
     print("/new begins a new conversation; Ctrl-D ends.")
