@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 # By all cores, where pip compiles with one; without it every process would, where nothing may be written beside sources.
-# What is for other versions of Python does not compile, and is not needed.
-COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
+# Families of models, but for what all of them import, compile when one is used. What is for other versions of Python
+# does not compile, and is not needed.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests?|testing/_internal|transformers/models/[b-z][^/]*)/' \
+	$(VENV)/lib || true
 JINJA_FOR_NODE := @huggingface/jinja@0.5.11
 # make demo and make test never need a network once the packages are installed.
 export HF_HUB_OFFLINE := 1
@@ -45,11 +47,11 @@ $(VENV)/.quantise: $(VENV)/.dev
 	$(COMPILE)
 	touch $@
 
-test: $(VENV)/.dev $(VENV)/.quantise
+test: setup $(VENV)/.quantise
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 # Real servers, each in an environment of its own: vLLM, llama.cpp, transformers serve.
-test-serving: $(VENV)/.dev
+test-serving: setup $(VENV)/.dev
 	test -f runs/tiny/config.json || $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
 		--mixed_precision no --dynamo_backend no recipes/sft.py
 	$(BIN)/python tests/serving/environments.py
@@ -65,7 +67,7 @@ engines: setup
 	fi
 
 # make bench GSM8K=gsm8k_train.jsonl; without the file the rows are generated.
-bench: $(VENV)/.dev
+bench: setup $(VENV)/.dev
 	mkdir -p runs/benchmarks
 	$(BIN)/python tests/benchmarks/preparation.py $(if $(GSM8K),--gsm8k $(GSM8K)) --json runs/benchmarks/preparation.json
 	$(BIN)/python tests/benchmarks/memory.py --json runs/benchmarks/memory.json
@@ -89,12 +91,12 @@ real-language: setup $(VENV)/.real-language
 	$(BIN)/python examples/real_language/compare.py --output runs/real_language$(if $(QUICK),/quick) \
 		--base runs/real_language/base $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick)
 
-lint: $(VENV)/.dev
+lint: setup $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.dev
+format: setup $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
