@@ -65,6 +65,7 @@ ORDER = [
         "flags",
         "endpoint_verb",
         "evaluate_verb",
+        "chat_verb",
         "pairs_verb",
         "cli",
     ),

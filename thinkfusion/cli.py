@@ -13,16 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from thinkfusion.chat_verb import chat_flags, chat_with
 from thinkfusion.conversations import DataError
 from thinkfusion.evaluate_verb import evaluate_checkpoint, evaluate_flags
-from thinkfusion.flags import FUSION_GROUPS, add_option_flags, fuse_flags, plan_flags, positive, read_options
-from thinkfusion.modes import Mode, split_soft_switch
+from thinkfusion.flags import (
+    FUSION_GROUPS,
+    add_option_flags,
+    fuse_flags,
+    not_negative,
+    plan_flags,
+    positive,
+    read_options,
+)
 from thinkfusion.pairs_verb import pairs_flags, write_pairs
 from thinkfusion.row_report import printable
 from thinkfusion.sequences import ON_LONG_ROW, Plan
 from thinkfusion.sources import Source
-
-DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,18 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("evaluate", help="measure both modes of a checkpoint")
     evaluate.set_defaults(run=_evaluate)
     evaluate_flags(evaluate)
-    _generation_flags(evaluate, max_new_tokens=512)
 
     chat = verbs.add_parser("chat", help="talk to a checkpoint, switching modes as you go")
-    chat.set_defaults(run=_chat)
-    chat.add_argument("checkpoint", help="a folder, or a Hub id")
-    chat.add_argument("prompt", nargs="?", help="ask this, print the reply and end")
-    chat.add_argument("--mode", help="thinking, non_thinking, or both for one prompt (default: the template's)")
-    chat.add_argument("--system", help="a system message")
-    chat.add_argument("--thinking_budget", type=_not_negative, metavar="N", help="close reasoning after N tokens")
-    _generation_flags(chat, max_new_tokens=1024)
-    # What is not given is the checkpoint's default for the mode.
-    chat.set_defaults(temperature=None, top_p=None)
+    chat.set_defaults(run=lambda options: chat_with(options, lambda name: _load(options, name)))
+    chat_flags(chat)
 
     pairs = verbs.add_parser("generate-pairs", help="paired data from prompts: the model's own right replies")
     pairs.set_defaults(run=lambda options: write_pairs(options, lambda name: _load(options, name)))
@@ -119,7 +117,7 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
 
     shown = parser.add_argument_group("what is shown")
-    shown.add_argument("--samples", type=_not_negative, default=3, help="how many rows are shown (default 3)")
+    shown.add_argument("--samples", type=not_negative, default=3, help="how many rows are shown (default 3)")
     shown.add_argument("--row", type=positive, metavar="N", help="show the row of this number, skipped or not")
     shown.add_argument(
         "--tree", action="store_true", help="draw the fusion trees of these rows, and count their tokens"
@@ -165,22 +163,6 @@ def _reading_flags(parser: argparse.ArgumentParser) -> None:
 
 INSPECTED = {"on_bad_row": "skip", "max_skipped": 1.0}
 """Defaults of `inspect` and `routes` that differ from those of training: what is wrong is counted."""
-
-
-def _generation_flags(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 is greedy decoding (default; chat: the checkpoint's)"
-    )
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
 
 
 def _quiet() -> None:
@@ -259,71 +241,6 @@ def _plan_memory(options: argparse.Namespace) -> None:
         print(f"experts_implementation: {sharding.experts_implementation}, ", end="")
         print(f"attn_implementation: {sharding.attn_implementation}")
         print(f"\n{launch}" if launch else "", end="")
-
-
-def _chat(options: argparse.Namespace) -> None:
-    both = options.mode == "both"
-    if both and options.prompt is None:
-        raise ValueError("--mode: found both, which is for one prompt. End messages with /think or /no_think.")
-    mode = None if options.mode is None or both else Mode.parse(options.mode)
-    model, tokenizer = _load(options)
-    messages: list[dict[str, Any]] = []
-    if options.system is not None:
-        messages.append({"role": "system", "content": options.system})
-    if options.prompt is not None:
-        for each in Mode if both else (mode,):
-            if both:
-                print(f"{each}:")
-            _say(model, tokenizer, [*messages, {"role": "user", "content": options.prompt}], each, options)
-        return
-    print("End a message with /think or /no_think to switch; /think or /no_think alone switches from here on;")
-    print("/new begins a new conversation; Ctrl-D ends.")
-    system = list(messages)
-    while True:
-        try:
-            text = input("\n> ")
-        except EOFError:
-            print()
-            return
-        rest, asked = split_soft_switch(text)
-        if text.strip() == "/new":
-            messages = list(system)
-        elif asked is not None and not rest.strip():
-            mode = asked
-            print(f"[{mode.value.replace('_', '-')} from here on]")
-        elif text.strip():
-            messages.append({"role": "user", "content": text})
-            answer = _say(model, tokenizer, messages, asked or mode, options)
-            messages.append({"role": "assistant", "content": answer or "…"})
-
-
-def _say(
-    model: Any, tokenizer: Any, messages: list[dict[str, Any]], mode: Mode | None, options: argparse.Namespace
-) -> str:
-    """Print the reply as it comes, reasoning dimmed (in a terminal), and return its answer."""
-    from thinkfusion.generation import stream_reply
-
-    dim, plain = (DIM, PLAIN) if sys.stdout.isatty() else ("", "")
-    answer, last = "", None
-    for part, text in stream_reply(
-        model,
-        tokenizer,
-        messages,
-        mode=mode,
-        thinking_budget=options.thinking_budget,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-    ):
-        shown = "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
-        if part != last:
-            heading = f"{dim}[thinking] " if part == "reasoning" else f"{plain}\n" if last == "reasoning" else ""
-            print(heading, end="")
-            last = part
-        print(shown, end="", flush=True)
-        answer += text if part == "answer" else ""
-    print(plain)
-    return answer.strip()
 
 
 def _fuse(options: argparse.Namespace) -> None:

@@ -18,7 +18,6 @@ FULL_BUDGETS = "8,16,32,64,128"
 
 
 def evaluate_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags, but for those of generation."""
     parser.add_argument("checkpoint", nargs="?", help="a folder, or a Hub id; or none, with --endpoint")
     parser.add_argument("--samples", type=positive, default=1000, help="prompts per mode (default 1000)")
     parser.add_argument("--output", help="folder for the report (default: the checkpoint's, if it is one)")
@@ -27,6 +26,10 @@ def evaluate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grader", help="of rows without their own: auto, exact, numeric, regex, choice or math")
     parser.add_argument("--batch_size", type=positive, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_new_tokens", type=positive, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default)")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     more = parser.add_argument_group("measured where asked for")
     more.add_argument("--full", action="store_true", help="obedience, flip, budgets and probe in their usual sizes")
     for name, metavar, about in (

@@ -125,6 +125,14 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """A whole number of at least 0, as a flag gives it."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_CONFIG", help="a folder, a config.json, or a Hub id")
     parser.add_argument("--method", choices=("full", "lora"), default="full", help="what trains (default full)")
