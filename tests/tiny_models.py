@@ -61,7 +61,16 @@ LATENT_SIZES = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+DELTA_SIZES = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+"""Heads of linear attention, whose defaults are those of a model of billions of parameters."""
 OWN_SIZES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), DELTA_SIZES),
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16},
     "gemma2": {"attn_logit_softcapping": 2.0},
     "longcat_flash": {"ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "zero_expert_num": 1, "num_layers": 1},
 }
