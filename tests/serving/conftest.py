@@ -4,6 +4,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,16 @@ def taught(tmp_path_factory) -> Path:
             {"role": "assistant", "reasoning_content": thought, "content": answer},
         )
     ]
-    conversations = [*taught_conversations([{**tool, "function": function}]), Conversation.from_messages(turns)]
-    return teach(tmp_path_factory.mktemp("taught"), conversations, steps=200)
+    known = taught_conversations([{**tool, "function": function}])
+    conversations = [*known, without_first_reasoning(known[-1]), Conversation.from_messages(turns)]
+    return teach(tmp_path_factory.mktemp("taught"), conversations, steps=250)
+
+
+def without_first_reasoning(conversation: Conversation) -> Conversation:
+    """As transformers serve shows it after the tool's result; a step that came without reasoning is context only."""
+    (exchange,) = conversation.exchanges
+    call, *rest = exchange.steps
+    return replace(conversation, exchanges=(replace(exchange, steps=(replace(call, reasoning=None), *rest)),))
 
 
 @pytest.fixture(scope="session", params=[(engine, "demo") for engine in ENGINES], ids=ENGINES)
