@@ -48,7 +48,7 @@ $(VENV)/.quantise: $(VENV)/.dev
 	touch $@
 
 test: setup $(VENV)/.quantise
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -q
 
 # Real servers, each in an environment of its own: vLLM, llama.cpp, transformers serve.
 test-serving: setup $(VENV)/.dev

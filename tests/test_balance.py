@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Balance of experts: the loss against one counted token by token, over batches, processes, layouts and adapters."""
 
-import faulthandler
-import os
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.test_training import config, conversations, logged
 from tests.tiny_models import tiny_random_model
+from tests.two_processes import run_in_both
 from thinkfusion import ThinkFusionTrainer
 from thinkfusion.balance import Balancer, layer_balance
 from thinkfusion.checkpointing import load_checkpoint
@@ -296,19 +294,14 @@ def test_a_coarse_bias_is_refused():
         Balancer(model, ALONE, coefficient=0.0, update_rate=0.001)
 
 
-def part(rank: int, port: int, folder: str) -> None:
-    """One of two processes, or the only one if there is no port; the first writes its weights and what it logged."""
+def part(rank: int, processes: int, folder: str) -> None:
+    """One of two processes, or the only one; the first writes its weights and what it logged."""
     torch.set_num_threads(1)
-    if port:
-        # Processes that wait for each other for ever should fail, and show where.
-        faulthandler.dump_traceback_later(90, exit=True)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()}, OMP_NUM_THREADS="1")
     trainer = train(
         folder,
         family="deepseek_v3",
         max_steps=3,
-        per_device_train_batch_size=1 if port else 2,
+        per_device_train_batch_size=2 // processes,
         gradient_accumulation_steps=2,
         router_bias_update_rate=0.01,
         sequence_layout="padded",
@@ -316,23 +309,17 @@ def part(rank: int, port: int, folder: str) -> None:
         use_cpu=True,
         max_grad_norm=0.0,
     )
-    assert trainer.accelerator.num_processes == (2 if port else 1)
+    assert trainer.accelerator.num_processes == processes
     if rank == 0:
         state = {name: each.clone() for name, each in trainer.model.state_dict().items()}
-        torch.save(
-            {"state": state, "logged": logged(trainer, "balance_loss")}, f"{folder}/{'two' if port else 'one'}.pt"
-        )
+        torch.save({"state": state, "logged": logged(trainer, "balance_loss")}, f"{folder}/{processes}.pt")
     trainer.accelerator.end_training()
-    faulthandler.cancel_dump_traceback_later()
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(part, (port, str(tmp_path)), 2)
-    part(0, 0, str(tmp_path))
-    two, one = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("two", "one"))
+    run_in_both(part, 2, str(tmp_path))
+    part(0, 1, str(tmp_path))
+    two, one = (torch.load(tmp_path / f"{processes}.pt", weights_only=True) for processes in (2, 1))
     assert two["logged"] == pytest.approx(one["logged"], rel=1e-5)
     assert len(one["logged"]) == 3
     for name, value in one["state"].items():

@@ -502,7 +502,7 @@ def test_a_run_that_is_killed_asks_nothing_twice(tmp_path, prompts):
         while time.monotonic() < until and not (journal.exists() and journal.read_bytes().count(b"\n") >= 6):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait(60)
         kept = journal.read_bytes()
         whole = kept.count(b"\n")
         assert whole >= 6

@@ -187,7 +187,7 @@ def test_a_killed_run_ends_in_the_file_of_one_never_stopped(taught, tmp_path, wr
         done = json.loads(place.read_text())["account"]["done"] if place.exists() else 0
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert 4 <= json.loads(place.read_text())["account"]["done"] < 24
     with killed.open("ab") as file:  # what a kill in the middle of a line leaves

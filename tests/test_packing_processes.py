@@ -5,12 +5,9 @@ What is seen is told by the first token of each tree; that of the padding is 0.
 """
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from hypothesis import given, settings
@@ -18,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tests.test_packing import numbered
+from tests.two_processes import run_in_both
 from thinkfusion import PackedRows, RowCollator
 from thinkfusion.packing import Layout, RowSampler, StreamedRows, set_epoch
 
@@ -115,10 +113,8 @@ VISITS = {
 }
 
 
-def visit(rank: int, port: int, folder: str) -> None:
+def visit(rank: int, folder: str) -> None:
     """One of two processes: goes through the loaders that accelerate makes of ours, twice, and writes what it saw."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, OMP_NUM_THREADS="1")
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
     assert (accelerator.num_processes, accelerator.process_index) == (2, rank)
     found = {name: [] for name in VISITS}
@@ -137,10 +133,7 @@ def visit(rank: int, port: int, folder: str) -> None:
 def visits(tmp_path_factory):
     """What each process saw: by process, name, epoch and batch."""
     folder = tmp_path_factory.mktemp("visits")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(visit, (port, str(folder)), 2)
+    run_in_both(visit, str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -2,6 +2,7 @@
 """4-bit weights: what they take, what is refused, and experts that are quantised, trained on, merged and resumed."""
 
 import re
+from datetime import timedelta
 
 import pytest
 import torch
@@ -297,7 +298,9 @@ def test_several_processes_keep_their_own(bitsandbytes):
     model = tiny_random_model("qwen3_moe")
     quantise(model)
     adapted = get_peft_model(model, lora_config(model, r=2))
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=1)
+    )
     try:
         parallel = torch.nn.parallel.DistributedDataParallel(adapted)
         assert not steps(parallel, 2)[1]

@@ -623,6 +623,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_not_converted(tmp_path, confi
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
+        timeout=100,
         check=False,
     )
     assert (done.returncode, done.stdout) == ((1, "") if refused else (0, "converted\n"))

@@ -180,7 +180,7 @@ def test_a_stopped_launcher_leaves_a_checkpoint_that_is_gone_on_from(tmp_path):
         (training,) = wait_until(lambda: psutil.Process(launcher.pid).children())
         wait_until(lambda: "'loss'" in (tmp_path / "log").read_text())
         launcher.terminate()
-        launcher.wait()
+        launcher.wait(60)
         psutil.wait_procs([training], timeout=60)
     assert not training.is_running()
     (saved,) = tmp_path.glob("checkpoint-*")
@@ -494,7 +494,9 @@ def test_two_checkpoints_are_fused_and_both_modes_trained_from_there(tmp_path):
     command = [sys.executable, str(ROOT / "recipes" / "fuse.py"), *inputs, "--output", str(tmp_path / "fused")]
 
     def run(*flags):
-        return subprocess.run([*command, *flags], capture_output=True, text=True, env=ONE_THREAD, check=False)
+        return subprocess.run(
+            [*command, *flags], capture_output=True, text=True, env=ONE_THREAD, timeout=300, check=False
+        )
 
     training = ["--output_dir", str(tmp_path / "both"), "--max_steps", "1", "--train_samples", "16"]
     done = run("--ratio", "0.7", "--", *training, "--evaluation_samples", "0")

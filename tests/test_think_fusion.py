@@ -302,7 +302,7 @@ def test_paired_sft_and_rl_for_real(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "recipes" / "think_fusion.py"), "--config", str(tmp_path / "config.yaml")]
     command += ["--skip", "sft_thinking", "sft_non_thinking", "merge"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "think_fusion.json").read_text())
     assert [row["stage"] for row in found] == ["sft_overlap", "rl"]
@@ -314,6 +314,7 @@ def test_paired_sft_and_rl_for_real(tmp_path):
         capture_output=True,
         text=True,
         env=ONE_THREAD,
+        timeout=200,
         check=False,
     )
     assert again.returncode == 1
