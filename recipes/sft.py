@@ -297,5 +297,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, FileNotFoundError, SavingError, ValueError) as error:
+    except (ChildProcessError, DataError, FileNotFoundError, SavingError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

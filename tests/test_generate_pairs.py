@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.taught import KOREAN, KOREAN_ANSWER, KOREAN_THOUGHT, SUM, SUM_ANSWER, SUM_THOUGHT, teach
 from thinkfusion import (
@@ -167,6 +168,25 @@ def test_prompts_without_answers_are_kept_by_their_format_only_if_asked(loaded, 
 
 COMMAND = [sys.executable, "-m", "thinkfusion.cli", "generate-pairs"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+class Killed:
+    """Makes three batches; the process that makes the second is killed, after the first has been handed over."""
+
+    batches, model = 3, torch.nn.Linear(1, 1)
+
+    def make(self, number):
+        if number == 1:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [], float(number)
+
+
+def test_a_killed_process_is_told_and_what_was_made_is_kept():
+    made = []
+    with pytest.raises(ChildProcessError, match=r"one of 2 was killed.*the same again goes on"):
+        made.extend(module._in_order(Killed(), 0, 2))
+    assert made == [([], 0.0)]
 
 
 def test_a_killed_run_ends_in_the_file_of_one_never_stopped(taught, tmp_path, write, capsys):

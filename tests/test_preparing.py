@@ -5,7 +5,9 @@ import gc
 import itertools
 import json
 import multiprocessing
+import os
 import random
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -417,6 +419,16 @@ def test_a_failed_run_leaves_nothing_behind(write, mixed_rows, tokenizer, tmp_pa
     with pytest.raises(DataError):
         prepare(write(mixed_rows), tokenizer, cache_dir=tmp_path / "cache")
     assert not list(tmp_path.glob("cache/*"))
+
+
+def be_killed(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_told(write, tokenizer, monkeypatch):
+    monkeypatch.setattr("thinkfusion.preparing._make", be_killed)
+    with pytest.raises(ChildProcessError, match=r"one of the 2 that prepare rows was killed.*Fewer processes"):
+        prepare(write([row(0), row(1)]), tokenizer, processes=2)
 
 
 def test_the_plan_says_whether_all_sequences_must_be_known():

@@ -16,6 +16,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def prepare(
     each source are compared with the chat template, id for id.
 
     Raises DataError for a bad row (unless such rows are skipped), ValueError for contradictory options, if nothing is
-    left, if one mode is missing, or if more rows were skipped than allowed.
+    left, if one mode is missing, or if more rows were skipped than allowed, ChildProcessError if a process was killed.
     """
     records = records or RecordOptions()
     if on_bad_row is not None:
@@ -238,6 +239,11 @@ class _Preparation:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
+            except BrokenProcessPool:
+                raise ChildProcessError(
+                    f"processes: one of the {self.processes} that prepare rows was killed, most likely for want of "
+                    "memory. Fewer processes take less."
+                ) from None
             finally:
                 for future in waiting:
                     future.cancel()

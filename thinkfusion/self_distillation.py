@@ -13,6 +13,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -334,7 +336,8 @@ def generate_pairs(
     processes: on a CPU, how many batches are made at a time, each by a process with one thread; they share the weights,
     and the rows are the same. The account is written beside the output, as `account_path` names it.
 
-    Raises ValueError if there are no prompts, or `output` is of another run, was changed, or is being written.
+    Raises ValueError if there are no prompts, or `output` is of another run, was changed, or is being written;
+    ChildProcessError if one of several processes was killed.
     """
     options = options or PairOptions()
     if not prompts:
@@ -388,8 +391,17 @@ def _in_order(maker: PairMaker, first: int, processes: int) -> Iterator[tuple[li
 
     # A forked child would hang in the thread pool of its parent; memory of the weights is shared all the same.
     maker.model.share_memory()
-    with get_context("spawn").Pool(processes, initializer=_begin, initargs=(maker,)) as pool:
-        yield from pool.imap(_make, range(first, maker.batches))
+    # Not a Pool, which waits for ever for what a killed process was making.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (maker,))
+    try:
+        yield from pool.map(_make, range(first, maker.batches))
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            f"processes: one of {processes} was killed, most likely for want of memory. The rows of whole batches are "
+            "written; the same again goes on with them, better with fewer processes or a smaller batch_size."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _MAKER: list[PairMaker] = []
