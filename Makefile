@@ -47,8 +47,10 @@ $(VENV)/.quantise: $(VENV)/.dev
 	$(COMPILE)
 	touch $@
 
+# A test that waits for ever shows where after ten minutes, and ends the run; else CI is stopped without a word of it.
 test: setup $(VENV)/.quantise
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true -q
 
 # Real servers, each in an environment of its own: vLLM, llama.cpp, transformers serve.
 test-serving: setup $(VENV)/.dev
