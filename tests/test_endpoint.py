@@ -4,7 +4,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.endpoint_server import asked_mode, completion, message, serving, slowly
+from tests.two_processes import free_port
 from thinkfusion import endpoint_replying
 from thinkfusion.cli import main
 from thinkfusion.endpoint import Answer, Endpoint, EndpointError, _retry_after, checked_url
@@ -586,9 +586,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, prompts, monkeypa
 
 
 def test_nothing_listens_there(tmp_path, prompts, capsys):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     start = time.monotonic()
     assert evaluate(f"http://127.0.0.1:{port}/v1", tmp_path / "out", prompts=prompts) == 1
     assert "Is the server running" in capsys.readouterr().err

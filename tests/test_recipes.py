@@ -7,7 +7,6 @@ import math
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import time
@@ -35,16 +34,11 @@ from thinkfusion.digests import weights_digest
 from thinkfusion.launching import launched_alone, requested_processes
 
 from .forked import run_forked
+from .two_processes import free_port
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:

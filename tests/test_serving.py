@@ -5,7 +5,6 @@ import importlib.util
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from tests.taught import (
     TOOLS,
     teach,
 )
+from tests.two_processes import free_port
 from thinkfusion import load_checkpoint, reply
 from thinkfusion.cli import main
 
@@ -45,9 +45,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
     """The address of `transformers serve` with the checkpoint; its process ends with the tests."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(checkpoint)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     log = tmp_path_factory.mktemp("served") / "log"

@@ -18,8 +18,9 @@ from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from tests.forked import run_forked
-from tests.test_recipes import ONE_THREAD, free_port
+from tests.test_recipes import ONE_THREAD
 from tests.tiny_models import tiny_config, tiny_random_model
+from tests.two_processes import free_port
 from thinkfusion.activations import decoder_layers
 from thinkfusion.moe import moe_layers
 from thinkfusion.planning import STRATEGIES

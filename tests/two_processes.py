@@ -13,12 +13,16 @@ import torch
 PROCESSES = 2
 
 
-def run_in_both(function: Callable[..., None], *arguments: Any, seconds: float = 120) -> None:
-    """`function(rank, *arguments)` in two processes of one group. Raises what fails in one, or TimeoutError."""
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = torch.multiprocessing.spawn(_be_one, (port, seconds, function, arguments), PROCESSES, join=False)
+        return int(probe.getsockname()[1])
+
+
+def run_in_both(function: Callable[..., None], *arguments: Any, seconds: float = 90) -> None:
+    """`function(rank, *arguments)` in two processes of one group. Raises what fails in one, or TimeoutError."""
+    running = torch.multiprocessing.spawn(_be_one, (free_port(), seconds, function, arguments), PROCESSES, join=False)
     end = time.monotonic() + 2 * seconds
     while not running.join(max(0.0, end - time.monotonic())):
         if time.monotonic() > end:

@@ -398,7 +398,7 @@ def _in_order(maker: PairMaker, first: int, processes: int) -> Iterator[tuple[li
     except BrokenProcessPool:
         raise ChildProcessError(
             f"processes: one of {processes} was killed, most likely for want of memory. The rows of whole batches are "
-            "written; the same again goes on with them, better with fewer processes or a smaller batch_size."
+            "written; the same again, with fewer processes, goes on with them."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
