@@ -351,19 +351,26 @@ def test_the_table_and_the_figure_are_those_of_the_results(tmp_path):
     results += [result("default", 32, 0, 0.9, 0.1), result("default", 64, 0, 0.95, None)]
     table = comparison_page.save(results, tmp_path)
     assert (
-        "| 32 | trl | GSM8K | thinking | 95.0 % (90.0-100.0) | never_closed 2 | 25.0 % (25.0-25.0) | - | 12.5 |"
+        "| 32 | trl | 0, 1 | GSM8K | thinking | 95.0 % (90.0-100.0) | never_closed 2 | 25.0 % (25.0-25.0) | - | 12.5 |"
         in table
     )
-    assert "| 64 | default | Alpaca | non-thinking | - |" in table
+    assert "| 64 | default | 0 | Alpaca | non-thinking | - |" in table
     assert "| trace begins · closes | thinking mode | any format error | -0.87 | -0.87 | -0.87 | 3/3/3 |" in table
     # The same everywhere: nothing to rank.
     assert "| closes inside | thinking mode | any format error | - | - | - | 3/3/3 |" in table
     assert "| closes again, instructions | thinking mode | `extra_tag` | - | - | - | 0/0/0 |" in table
-    assert "| 32 | trl | non-thinking | 0.010 |" in table
+    assert "| 32 | trl | 0, 1 | non-thinking | 0.010 |" in table
+    assert "Of several seeds: the mean (least-greatest)." in table
     assert "own solutions have 90.0 tokens on average" in table
     assert json.loads((tmp_path / "comparison.json").read_text()) == results
     assert (tmp_path / "comparison.md").read_text() == table + "\n"
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_a_small_probability_is_told_from_none():
+    told = comparison_page.probability
+    assert [told([0.3, None]), told([4e-8]), told([0.001, 4e-8])] == ["0.300", "4e-08", "0.001"]
+    assert [told([0.0, None]), told([None])] == ["0.000", "-"]
 
 
 def test_what_the_probe_is_held_against():

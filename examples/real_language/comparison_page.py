@@ -61,9 +61,20 @@ def mean(values: list[float | None], form: str) -> str:
     return format(sum(known) / len(known), form) if known else "-"
 
 
+def probability(values: list[float | None]) -> str:
+    """The mean; what three decimals would round to nothing by its power of ten."""
+    told = mean(values, ".3f")
+    return mean(values, ".0e") if told == "0.000" and any(values) else told
+
+
+def seeds_of(results: list[dict[str, Any]]) -> str:
+    return ", ".join(str(row["seed"]) for row in results)
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """A row for each number of rows, recipe, set and mode; mean over the seeds."""
-    head = ("rows", "recipe", "set", "mode", "format error", "classes", "truncated", "accuracy", "reasoning tokens")
+    head = ("rows", "recipe", "seeds", "set", "mode", "format error", "classes", "truncated", "accuracy")
+    head += ("reasoning tokens",)
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for rows, recipe, given in grouped(results):
         for name, title in SETS.items():
@@ -79,25 +90,27 @@ def table(results: list[dict[str, Any]]) -> str:
                 told = ", ".join(f"{kind} {count}" for kind, count in wrong.items()) or "-"
                 shares = [percent([cell[key] for cell in cells]) for key in ("format_error", "truncated", "accuracy")]
                 tokens = mean([cell["reasoning_tokens"] for cell in cells], ".1f")
-                parts = (str(rows), recipe, title, mode.replace("_", "-"), shares[0], told, *shares[1:], tokens)
+                seeds = seeds_of([row for row in given if name in row["sets"]])
+                parts = (str(rows), recipe, seeds, title, mode.replace("_", "-"), shares[0], told, *shares[1:], tokens)
                 lines.append(f"| {' | '.join(parts)} |")
-    probed = ("rows", "recipe", "instructions", "closes", "closes inside", "trace begins", "answer begins")
+    lines += ["", "Format errors are shares of the replies that finished. Of several seeds: the mean (least-greatest)."]
+    probed = ("rows", "recipe", "seeds", "instructions", "closes", "closes inside", "trace begins", "answer begins")
     probed += ("answer closes, solutions", "closes again; answer closes, instructions")
     probed += ("answer blank: problems; instructions",)
     probed += ("trained tokens", "seconds", "dtype")
     lines += ["", f"| {' | '.join(probed)} |", f"|{'---|' * len(probed)}"]
     for rows, recipe, given in grouped(results):
         names = ("closes", "closes inside", "trace begins", "answer begins", "answer closes, solutions")
-        parts = [mean([probed_of(row, name) for row in given], ".3f") for name in names]
+        parts = [probability([probed_of(row, name) for row in given]) for name in names]
         for pair in (
             ("closes again, instructions", "answer closes, instructions"),
             ("answer blank, problems", "answer blank, instructions"),
         ):
-            parts.append("; ".join(mean([probed_of(row, name) for row in given], ".3f") for name in pair))
+            parts.append("; ".join(probability([probed_of(row, name) for row in given]) for name in pair))
         parts += [mean([row[key] for row in given], ",.0f") for key in ("trained_tokens", "training_seconds")]
         parts.append(", ".join(sorted({row["dtype"] for row in given})))
         trained_how = ", ".join(sorted({row["instructions"].replace("_", "-") for row in given}))
-        lines.append(f"| {' | '.join((str(rows), recipe, trained_how, *parts))} |")
+        lines.append(f"| {' | '.join((str(rows), recipe, seeds_of(given), trained_how, *parts))} |")
     references = {round(row["reference_reasoning_tokens"], 1) for row in results}
     if references:
         told = ", ".join(f"{tokens:.1f}" for tokens in sorted(references))
