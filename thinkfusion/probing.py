@@ -61,10 +61,11 @@ def switch_probe(
     By mode, means over the rows with 95 % intervals. `thinking`: `closes`, the probability of the closing token after
     the whole reference trace; `closes_inside`, that of the same token before, mean over the places of the trace (near
     0: no trace is cut short); `closes_again`, that of the same token after the whole answer (near 0: no reply closes a
-    second time); `trace_begins`, that of the first token after the prefix. `non_thinking`: `answer_begins`, that of
-    the answer's first token; `answer_blank`, that of a line break or an end of the turn in its place (near 0: hardly
-    a reply is empty); `answer_closes`, that of the closing token after the whole answer (near 0: answers end by ending
-    the turn). `samples` are the rows, in all and of each mode. None where no row has such a place.
+    second time); `trace_begins`, that of the first token after the prefix (where the template leaves the opening token
+    to the model it is that one's, and should be near 1). `non_thinking`: `answer_begins`, that of the answer's first
+    token; `answer_blank`, that of a line break or an end of the turn in its place (near 0: hardly a reply is empty);
+    `answer_closes`, that of the closing token after the whole answer (near 0: answers end by ending the turn).
+    `samples` are the rows, in all and of each mode. None where no row has such a place.
 
     Eight rows cost 8 % of an evaluation of 64 prompts by generation (the demo's checkpoint, one core without AVX-512).
     Works with any switchable template.
