@@ -24,9 +24,9 @@ from thinkfusion import (
 )
 from thinkfusion.callbacks import CLOSES_AT_LEAST, ENOUGH_STEPS, StepsCheck
 from thinkfusion.probing import (
+    Marks,
     Prober,
     as_reference,
-    blank_ids,
     measure_probe,
     prepared_references,
     probe_references,
@@ -39,8 +39,8 @@ from thinkfusion.reporting import measured_lines
 from .test_training import config, conversations, logged
 
 NAMES = {
-    "thinking": ("closes", "closes_inside", "closes_again", "trace_begins"),
-    "non_thinking": ("answer_begins", "answer_blank", "answer_closes"),
+    "thinking": ("closes", "closes_inside", "closes_again", "trace_begins", "trace_tagged"),
+    "non_thinking": ("answer_begins", "answer_blank", "answer_tagged", "answer_closes"),
 }
 
 
@@ -48,6 +48,7 @@ def by_hand(model, tokenizer, rows, scheme="control"):
     """Each row alone, each place by itself."""
     closing, end_of_turn = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
     blank = {end_of_turn, tokenizer.eos_token_id, *tokenizer.encode("\n")}
+    tags = set(tokenizer.convert_tokens_to_ids(["<think>", "</think>", *tokenizer.all_special_tokens])) - {end_of_turn}
     found = {name: [] for names in NAMES.values() for name in names}
     model.eval()
     for row in rows:
@@ -60,6 +61,8 @@ def by_hand(model, tokenizer, rows, scheme="control"):
                     return float(model(torch.tensor([ids[:place]])).logits[0, -1].softmax(-1)[token])
 
             answered = rendered.ids.index(end_of_turn, first)
+            tagged = sum(at(first, token) for token in tags - {rendered.ids[first]})
+            found["trace_tagged" if mode is Mode.THINKING else "answer_tagged"].append(tagged)
             if mode is Mode.NON_THINKING:
                 found["answer_begins"].append(at(first, rendered.ids[first]))
                 found["answer_blank"].append(sum(at(first, token) for token in blank))
@@ -93,24 +96,49 @@ def test_the_probabilities_are_those_of_each_place_by_itself(model, base_tokeniz
 def test_an_answer_that_begins_blank_is_told(model, tokenizer):
     """Whether its turn ends at once or a line break comes first; where the answer itself is so, nothing is told."""
     install_chat_template(tokenizer, model)
-    line_break, end_of_turn, closing = tokenizer.convert_tokens_to_ids(["Ċ", "<|im_end|>", "</think>"])
-    blank = blank_ids(tokenizer, {end_of_turn})
-    assert {line_break, end_of_turn} <= blank
-    assert not blank & {closing, *tokenizer.encode("a b")}
+    line_break, end_of_turn = tokenizer.convert_tokens_to_ids(["Ċ", "<|im_end|>"])
+    marks = Marks.of(tokenizer)
+    assert marks.ends == {end_of_turn}
+    assert {line_break, end_of_turn} <= marks.blank
+    assert not marks.blank & {marks.closing, *tokenizer.encode("a b")}
     (reference,) = Prober(tokenizer).references(
         Conversation.from_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     )
     for token, expected in ((line_break, 1.0), (end_of_turn, 1.0), (reference.ids[reference.first], 0.0)):
-        with torch.no_grad():
-            states = model.model(torch.tensor([reference.ids])).last_hidden_state[0, reference.first - 1]
-            rows = torch.zeros_like(model.get_input_embeddings().weight)
-            rows[token] = 100 * states / states.square().sum()
-            model.get_output_embeddings().weight = torch.nn.Parameter(rows)
-        found = probe_references(model, [reference], closing, blank)["non_thinking"]
-        assert found["answer_blank"] == pytest.approx(expected, abs=1e-6)
+        make_first(model, token, reference)
+        found = probe_references(model, [reference], marks)["non_thinking"]
+        assert (found["answer_blank"], found["answer_tagged"]) == pytest.approx((expected, 0.0), abs=1e-6)
     begins = reference._replace(ids=[*reference.ids[: reference.first], line_break], end=None)
-    found = probe_references(model, [begins], closing, blank)["non_thinking"]
+    found = probe_references(model, [begins], marks)["non_thinking"]
     assert (found["answer_blank"], found["samples"]) == (None, 1)
+
+
+def make_first(model, token, reference):
+    """Output embeddings that give `token` a probability of 1 where what the model writes begins."""
+    with torch.no_grad():
+        states = model.model(torch.tensor([reference.ids])).last_hidden_state[0, reference.first - 1]
+        rows = torch.zeros_like(model.get_input_embeddings().weight)
+        rows[token] = 100 * states / states.square().sum()
+        model.get_output_embeddings().weight = torch.nn.Parameter(rows)
+
+
+@pytest.mark.parametrize("scheme", ["control", "empty-block"])
+def test_a_reply_that_begins_with_a_control_token_is_told(model, base_tokenizer, scheme):
+    """In either mode; the opening token where the template leaves it to the model is what should be there."""
+    install_chat_template(base_tokenizer, model, scheme=scheme)
+    marks = Marks.of(base_tokenizer)
+    opening, closing = base_tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert {opening, closing} <= marks.tags
+    assert not marks.tags & marks.ends
+    for reference in Prober(base_tokenizer).references(task_pairs(1)[0]):
+        thinking = reference.mode is Mode.THINKING
+        what = "trace" if thinking else "answer"
+        for token in (opening, closing):
+            make_first(model, token, reference)
+            found = probe_references(model, [reference], marks)[reference.mode.value]
+            right = float(thinking and scheme == "empty-block" and token == opening)
+            assert found[f"{what}_begins"] == pytest.approx(right, abs=1e-6)
+            assert found[f"{what}_tagged"] == pytest.approx(1 - right, abs=1e-6)
 
 
 def test_a_vocabulary_is_read_once_for_all_rows(tokenizer, model, monkeypatch):
@@ -176,12 +204,12 @@ def test_a_template_of_others_is_probed_by_its_own_prompts(model, base_tokenizer
 def test_prepared_sequences_give_the_same_figures(model, tokenizer):
     install_chat_template(tokenizer, model)
     rows = task_pairs(6)
-    closing, end_of_turn = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>"])
+    marks = Marks.of(tokenizer)
     stream, _ = prepare(rows, tokenizer, streaming=True)
     for sequences in (prepare(rows, tokenizer)[0], stream):
-        references = prepared_references(sequences, closing, {end_of_turn}, samples=4)
+        references = prepared_references(sequences, marks, samples=4)
         assert [reference.mode for reference in references] == [Mode.THINKING] * 4 + [Mode.NON_THINKING] * 4
-        found = probe_references(model, references, closing, blank_ids(tokenizer, {end_of_turn}))
+        found = probe_references(model, references, marks)
         expected = switch_probe(model, tokenizer, rows[:4])
         for mode, names in NAMES.items():
             assert {name: found[mode][name] for name in names} == pytest.approx(
@@ -310,4 +338,5 @@ def test_the_report_tells_and_draws_the_probe(model, tokenizer):
     ],
 )
 def test_the_places_that_are_looked_at(ids, mode, closing_id, closing, end, kept):
-    assert as_reference(ids, mode, 1, closing_id, {8}) == (ids[:kept], mode, 1, closing, end)
+    marks = Marks(closing_id, frozenset({8}), frozenset({8}), frozenset({closing_id}))
+    assert as_reference(ids, mode, 1, marks) == (ids[:kept], mode, 1, closing, end)

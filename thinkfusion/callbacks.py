@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -14,7 +14,7 @@ from trl import SFTTrainer
 from thinkfusion.evaluation import EvaluationPrompt, ModeReport, generate_replies, summarise, task_prompts
 from thinkfusion.generation import Sampling
 from thinkfusion.modes import Mode
-from thinkfusion.probing import PROBED, Reference, probe_entry, probe_references
+from thinkfusion.probing import PROBED, Marks, Reference, probe_entry, probe_references
 from thinkfusion.routing import RouteCounter, RoutingReport
 from thinkfusion.trainable import check_gradients, trained_line
 
@@ -112,11 +112,8 @@ class SwitchProbeCallback(TrainerCallback):
     was.
     """
 
-    def __init__(
-        self, trainer: SFTTrainer, references: Sequence[Reference], closing_id: int, blank: Collection[int]
-    ) -> None:
-        self.trainer, self.references = trainer, list(references)
-        self.closing_id, self.blank = closing_id, blank
+    def __init__(self, trainer: SFTTrainer, references: Sequence[Reference], marks: Marks) -> None:
+        self.trainer, self.references, self.marks = trainer, list(references), marks
         self.last: tuple[int, dict[str, Any]] | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -151,7 +148,7 @@ class SwitchProbeCallback(TrainerCallback):
     def look(self) -> dict[str, Any]:
         """The probe of the model as it is now."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        return probe_entry(probe_references(model, self.references, self.closing_id, self.blank))
+        return probe_entry(probe_references(model, self.references, self.marks))
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -14,7 +14,7 @@ from thinkfusion.conversations import Conversation
 from thinkfusion.formats import RecordOptions, detect_format
 from thinkfusion.generation import Prompter
 from thinkfusion.intervals import mean
-from thinkfusion.modes import Mode, end_ids
+from thinkfusion.modes import Mode, end_ids, reply_tags
 from thinkfusion.records import read_row
 from thinkfusion.rendering import IGNORED, Renderer, render
 from thinkfusion.sequences import MODES
@@ -24,12 +24,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROBED = {
-    Mode.THINKING: ("closes", "closes_inside", "closes_again", "trace_begins"),
-    Mode.NON_THINKING: ("answer_begins", "answer_blank", "answer_closes"),
+    Mode.THINKING: ("closes", "closes_inside", "closes_again", "trace_begins", "trace_tagged"),
+    Mode.NON_THINKING: ("answer_begins", "answer_blank", "answer_tagged", "answer_closes"),
 }
 """The probabilities of each mode."""
 LINE_BREAKS = ("\n", "\n\n", "\n\n\n", " \n")
 """What a reply without text begins with, if not with the end of its turn."""
+
+
+class Marks(NamedTuple):
+    """The tokens that the probe looks for, by id.
+
+    closing: closes a trace. ends: end a turn. blank: what a reply without text begins with, `ends` among them. tags:
+    the control tokens of a reply, but those that end it.
+    """
+
+    closing: int
+    ends: frozenset[int]
+    blank: frozenset[int]
+    tags: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Marks:
+        """Those of a tokenizer with a switchable template; ValueError if it has none."""
+        scheme = scheme_of(tokenizer)
+        ends = end_ids(tokenizer, scheme)
+        closing = tokenizer.convert_tokens_to_ids(scheme.closing_token)
+        written = {token for text in LINE_BREAKS for token in tokenizer(text, add_special_tokens=False)["input_ids"]}
+        breaks = {token for token in written if "\n" in tokenizer.decode([token])}
+        tags = {*reply_tags(tokenizer, scheme), closing} - ends
+        return cls(closing, frozenset(ends), frozenset(ends | breaks), frozenset(tags))
 
 
 class Reference(NamedTuple):
@@ -62,9 +86,11 @@ def switch_probe(
     the whole reference trace; `closes_inside`, that of the same token before, mean over the places of the trace (near
     0: no trace is cut short); `closes_again`, that of the same token after the whole answer (near 0: no reply closes a
     second time); `trace_begins`, that of the first token after the prefix (where the template leaves the opening token
-    to the model it is that one's, and should be near 1). `non_thinking`: `answer_begins`, that of the answer's first
-    token; `answer_blank`, that of a line break or an end of the turn in its place (near 0: hardly a reply is empty);
-    `answer_closes`, that of the closing token after the whole answer (near 0: answers end by ending the turn).
+    to the model it is that one's, and should be near 1); `trace_tagged`, that of any other control token in its place.
+    `non_thinking`: `answer_begins`, that of the answer's first token; `answer_blank`, that of a line break or an end of
+    the turn in its place (near 0: hardly a reply is empty); `answer_tagged`, that of a control token in its place (near
+    0: no reply begins with a tag); `answer_closes`, that of the closing token after the whole answer (near 0: answers
+    end by ending the turn).
     `samples` are the rows, in all and of each mode. None where no row has such a place.
 
     Eight rows cost 8 % of an evaluation of 64 prompts by generation (the demo's checkpoint, one core without AVX-512).
@@ -75,9 +101,7 @@ def switch_probe(
     prober = Prober(tokenizer)
     rows = (_conversation(line, row) for line, row in enumerate(pairs, start=1))
     references = [reference for row in rows for reference in prober.references(row)]
-    return probe_references(
-        model, references, prober.closing_id, blank_ids(tokenizer, prober.end_ids), batch_size=batch_size
-    )
+    return probe_references(model, references, prober.marks, batch_size=batch_size)
 
 
 def measure_probe(
@@ -112,9 +136,7 @@ class Prober:
     """Makes references for one tokenizer, with a template of ours or any other that has a switch."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer, self.scheme = tokenizer, scheme_of(tokenizer)
-        self.closing_id: int = tokenizer.convert_tokens_to_ids(self.scheme.closing_token)
-        self.end_ids = end_ids(tokenizer, self.scheme)
+        self.tokenizer, self.scheme, self.marks = tokenizer, scheme_of(tokenizer), Marks.of(tokenizer)
         # One for all rows: making one reads the whole vocabulary.
         self._source = Renderer(tokenizer) if installed_template(tokenizer) else Prompter(tokenizer)
 
@@ -124,7 +146,7 @@ class Prober:
             if mode is Mode.THINKING and not row.exchanges[-1].has_reasoning:
                 continue
             ids, first = self._rendered(row, mode)
-            yield as_reference(ids, mode, first, self.closing_id, self.end_ids)
+            yield as_reference(ids, mode, first, self.marks)
 
     def _rendered(self, row: Conversation, mode: Mode) -> tuple[list[int], int]:
         if isinstance(self._source, Renderer):
@@ -140,33 +162,24 @@ class Prober:
             start, end = "".join(self.scheme.thinking_start), "".join(self.scheme.thinking_end)
             written = start + (step.reasoning or "") + end + written
         replied = self.tokenizer(written, add_special_tokens=False)["input_ids"]
-        return [*ids, *replied, *sorted(self.end_ids)[:1]], len(ids)
+        return [*ids, *replied, *sorted(self.marks.ends)[:1]], len(ids)
 
 
-def as_reference(ids: Sequence[int], mode: Mode, first: int, closing_id: int, ends: Collection[int]) -> Reference:
-    """A reference without what follows the last place that is looked at; `ends` are the tokens that end a turn."""
+def as_reference(ids: Sequence[int], mode: Mode, first: int, marks: Marks) -> Reference:
+    """A reference without what follows the last place that is looked at."""
     closing = None
-    if mode is Mode.THINKING and closing_id in ids[first:]:
-        closing = list(ids).index(closing_id, first)
+    if mode is Mode.THINKING and marks.closing in ids[first:]:
+        closing = list(ids).index(marks.closing, first)
     begun = first if closing is None else closing + 1
-    end = next((place for place in range(begun, len(ids)) if ids[place] in ends), None)
-    if (mode is Mode.THINKING and closing is None) or closing_id in ends:
+    end = next((place for place in range(begun, len(ids)) if ids[place] in marks.ends), None)
+    if (mode is Mode.THINKING and closing is None) or marks.closing in marks.ends:
         end = None  # there is no closing token, or it is right there
     last = max(place for place in (first, closing, end) if place is not None)
     return Reference(list(ids[: last + 1]), mode, first, closing, end)
 
 
-def blank_ids(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> set[int]:
-    """The tokens that a reply without text begins with: `ends`, which end a turn, and line breaks."""
-    written = {token for text in LINE_BREAKS for token in tokenizer(text, add_special_tokens=False)["input_ids"]}
-    return {*ends, *(token for token in written if "\n" in tokenizer.decode([token]))}
-
-
-def prepared_references(sequences: Any, closing_id: int, ends: Collection[int], *, samples: int) -> list[Reference]:
-    """References of the first `samples` sequences of each mode of a data set that `prepare` made, or of a stream.
-
-    ends: the tokens that end a turn.
-    """
+def prepared_references(sequences: Any, marks: Marks, *, samples: int) -> list[Reference]:
+    """References of the first `samples` sequences of each mode of a data set that `prepare` made, or of a stream."""
     from datasets import Dataset
 
     found: dict[Mode, list[Reference]] = {mode: [] for mode in Mode}
@@ -182,7 +195,7 @@ def prepared_references(sequences: Any, closing_id: int, ends: Collection[int], 
         first = next((index for index, label in enumerate(labels) if label != IGNORED), None)
         if first is not None and len(found[mode]) < samples:
             ids = [int(token) for token in row["input_ids"]]
-            found[mode].append(as_reference(ids, mode, first, closing_id, ends))
+            found[mode].append(as_reference(ids, mode, first, marks))
     return [reference for mode in Mode for reference in found[mode]]
 
 
@@ -191,14 +204,9 @@ def _first_of(modes: Iterable[int], mode: int, count: int) -> Iterator[int]:
 
 
 def probe_references(
-    model: PreTrainedModel,
-    references: Sequence[Reference],
-    closing_id: int,
-    blank: Collection[int],
-    *,
-    batch_size: int = 8,
+    model: PreTrainedModel, references: Sequence[Reference], marks: Marks, *, batch_size: int = 8
 ) -> dict[str, Any]:
-    """The figures of `switch_probe` on references; the model is left as it was. blank: see `blank_ids`."""
+    """The figures of `switch_probe` on references; the model is left as it was."""
     import torch
 
     if not references:
@@ -216,7 +224,7 @@ def probe_references(
             mask = torch.tensor([[1] * len(each.ids) + [0] * (longest - len(each.ids)) for each in batch])
             logits = model(ids, attention_mask=mask.to(model.device), use_cache=False).logits
             for reference, scores in zip(batch, logits, strict=True):
-                _note(values, reference, scores, closing_id, list(blank))
+                _note(values, reference, scores, marks)
     found: dict[str, Any] = {"samples": 0}
     for mode, names in PROBED.items():
         count = sum(reference.mode is mode for reference in references)
@@ -227,16 +235,18 @@ def probe_references(
     return found
 
 
-def _note(values: dict[str, list[float]], reference: Reference, scores: Any, closing_id: int, blank: list[int]) -> None:
+def _note(values: dict[str, list[float]], reference: Reference, scores: Any, marks: Marks) -> None:
     """Add a row's probabilities; scores: (length, vocabulary). What stands at a place is told from the one before."""
     ids, first, closing, end = reference.ids, reference.first, reference.closing, reference.end
     thinking = reference.mode is Mode.THINKING
     logs = scores[first - 1 : len(ids) - 1].float().log_softmax(-1)  # (what the model writes, vocabulary)
-    closes = logs[:, closing_id].exp()
+    closes = logs[:, marks.closing].exp()
     if closing != first:
         values["trace_begins" if thinking else "answer_begins"].append(float(logs[0, ids[first]].exp()))
-    if not thinking and ids[first] not in blank:
-        values["answer_blank"].append(float(logs[0, blank].exp().sum()))
+        tags = sorted(marks.tags - {ids[first]})
+        values["trace_tagged" if thinking else "answer_tagged"].append(float(logs[0, tags].exp().sum()))
+    if not thinking and ids[first] not in marks.blank:
+        values["answer_blank"].append(float(logs[0, sorted(marks.blank)].exp().sum()))
     if closing is not None:
         values["closes"].append(float(closes[closing - first]))
         if closing > first:

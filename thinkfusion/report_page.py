@@ -364,15 +364,17 @@ def _probe(figures: Figures) -> str:
             ("closes_inside", "the closing token, early", "inside the reference traces, mean over their places"),
             ("closes_again", "the closing token, again", "after a whole answer of thinking mode"),
             ("trace_begins", "the trace's first token", "after the prefix of thinking mode"),
+            ("trace_tagged", "any other control token", "in the place of that token"),
             ("answer_begins", "the answer's first token", "after the prefix of non-thinking mode"),
             ("answer_blank", "a line break or the end", "in the place of that token"),
+            ("answer_tagged", "a control token", "in that place"),
             ("answer_closes", "the closing token, in place of the end", "after a whole answer of non-thinking mode"),
         )
     ]
     about = (
         f"Probabilities on {figures.one('/probe/samples', 'count')} reference rows, by one forward pass and without "
         "generation: the early warning. Near zero for the closing token is a trace that never ends; well above zero "
-        "inside traces is one that ends early, and after answers a reply that closes where its turn should end."
+        "inside traces is one that ends early, after answers a reply that closes where its turn should end."
     )
     return _section("Switch probe", about, _table(["probability of", "mean"], rows, "main") + _probe_history(figures))
 
@@ -396,8 +398,10 @@ def _probe_history(figures: Figures) -> str:
             ("closes_inside", "closes inside it", "t dashed"),
             ("closes_again", "closes again", "t dashdot"),
             ("trace_begins", "trace begins", "t dotted"),
+            ("trace_tagged", "trace begins tagged", "t sparse"),
             ("answer_begins", "answer begins", "n"),
             ("answer_blank", "answer begins blank", "n dotted"),
+            ("answer_tagged", "answer begins tagged", "n sparse"),
             ("answer_closes", "closes after the answer", "n dashed"),
         )
     ]

@@ -122,7 +122,7 @@ def _budget_plot(points: Sequence[tuple[int, Dot]], title: str) -> Iterator[str]
 
 
 class Line(NamedTuple):
-    """A probability over steps: its label, its class (t or n, and dashed, dotted or dashdot), and its dots by step."""
+    """A probability over steps: its label, its class (t or n, and a dash), and its dots by step."""
 
     label: str
     kind: str

@@ -71,8 +71,10 @@ def measured_lines(report: ModeReport) -> list[str]:
             "closes_inside": "inside traces",
             "closes_again": "again",
             "trace_begins": "trace",
+            "trace_tagged": "control token in its place",
             "answer_begins": "answer",
             "answer_blank": "line break or end in its place",
+            "answer_tagged": "control token there",
             "answer_closes": "closing token after it",
         }
         known = ((text, probe.get(name)) for name, text in names.items())

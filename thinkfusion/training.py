@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 from thinkfusion.balance import Balancer, BiasUpdate
 from thinkfusion.callbacks import GradientCheck, RoutingCallback, StepsCheck, SwitchProbeCallback
-from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template, scheme_of
+from thinkfusion.chat_templates import InstalledTemplate, install_chat_template, installed_template
 from thinkfusion.checkpointing import checkpoint_to_train
 from thinkfusion.configuration import ThinkFusionConfig
 from thinkfusion.control_tokens import (
@@ -33,10 +33,9 @@ from thinkfusion.control_tokens import (
 from thinkfusion.conversations import Conversation
 from thinkfusion.hub_training import HubTrainer
 from thinkfusion.mode_sums import ModeSums, counts_by_mode
-from thinkfusion.modes import end_ids
 from thinkfusion.packing import Layout, PackedRows, PaddingCollator, RowCollator, RowSampler, StreamedRows
 from thinkfusion.preparing import prepare
-from thinkfusion.probing import blank_ids, prepared_references
+from thinkfusion.probing import Marks, prepared_references
 from thinkfusion.quantising import is_quantised
 from thinkfusion.rendering import IGNORED
 from thinkfusion.routing import RouteCounter
@@ -149,12 +148,11 @@ class ThinkFusionTrainer(HubTrainer):
         """The switch probe on the way; not where a process holds a part of the weights only."""
         if not self.args.probe_rows or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
-        ends = end_ids(self.processing_class, scheme_of(self.processing_class))
-        references = prepared_references(sequences, self._closing_id, ends, samples=self.args.probe_rows)
+        marks = Marks.of(self.processing_class)
+        references = prepared_references(sequences, marks, samples=self.args.probe_rows)
         if not references:
             return None
-        blank = blank_ids(self.processing_class, ends)
-        probe = SwitchProbeCallback(self, references, self._closing_id, blank)
+        probe = SwitchProbeCallback(self, references, marks)
         self.add_callback(probe)
         return probe
 

@@ -24,13 +24,15 @@ PROBED = {
     "answer begins": ("non_thinking", ("answer_begins",), "probe", ANY),
     "answer blank, problems": ("non_thinking", ("answer_blank",), "probe", "empty_answer"),
     "answer blank, instructions": ("non_thinking", ("answer_blank",), "probe_instructions", "empty_answer"),
+    "trace tagged": ("thinking", ("trace_tagged",), "probe", "extra_tag"),
+    "answer tagged": ("non_thinking", ("answer_tagged",), "probe", "extra_tag"),
     "answer closes, solutions": ("non_thinking", ("answer_closes",), "probe_written", "extra_tag"),
     "answer closes, instructions": ("non_thinking", ("answer_closes",), "probe_instructions", "extra_tag"),
 }
 """What is held against the replies of a mode that break, or break in one way: a probability of the probe, or a product
 of two, and the rows that it is of. A reply in thinking mode has to begin as a trace does, and to close it: few rows of
 the treated recipe can bring the second alone. What closes where an answer ends has to be looked for after answers of
-the kind."""
+the kind. A second tag may also come first."""
 PREDICTOR = next(iter(PROBED))
 
 
@@ -96,7 +98,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines += ["", "Format errors are shares of the replies that finished. Of several seeds: the mean (least-greatest)."]
     probed = ("rows", "recipe", "seeds", "instructions", "closes", "closes inside", "trace begins", "answer begins")
     probed += ("answer closes, solutions", "closes again; answer closes, instructions")
-    probed += ("answer blank: problems; instructions",)
+    probed += ("answer blank: problems; instructions", "trace tagged; answer tagged")
     probed += ("trained tokens", "seconds", "dtype")
     lines += ["", f"| {' | '.join(probed)} |", f"|{'---|' * len(probed)}"]
     for rows, recipe, given in grouped(results):
@@ -105,6 +107,7 @@ def table(results: list[dict[str, Any]]) -> str:
         for pair in (
             ("closes again, instructions", "answer closes, instructions"),
             ("answer blank, problems", "answer blank, instructions"),
+            ("trace tagged", "answer tagged"),
         ):
             parts.append("; ".join(probability([probed_of(row, name) for row in given]) for name in pair))
         parts += [mean([row[key] for row in given], ",.0f") for key in ("trained_tokens", "training_seconds")]
