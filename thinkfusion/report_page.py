@@ -374,7 +374,7 @@ def _probe(figures: Figures) -> str:
     about = (
         f"Probabilities on {figures.one('/probe/samples', 'count')} reference rows, by one forward pass and without "
         "generation: the early warning. Near zero for the closing token is a trace that never ends; well above zero "
-        "inside traces is one that ends early, after answers a reply that closes where its turn should end."
+        "inside traces is one that ends early, and after answers a reply that closes where its turn should end."
     )
     return _section("Switch probe", about, _table(["probability of", "mean"], rows, "main") + _probe_history(figures))
 
