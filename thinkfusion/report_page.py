@@ -354,22 +354,26 @@ def _budgets(figures: Figures) -> str:
     return _section("With a thinking budget", about, plot + _table(head, rows))
 
 
+PROBE = (
+    ("closes", "the closing token", "after a whole reference trace", "closes after the trace", "t"),
+    ("closes_inside", "the closing token, early", "inside the reference traces, mean", "closes inside it", "t dashed"),
+    ("closes_again", "the closing token, again", "after a whole thinking answer", "closes again", "t dashdot"),
+    ("trace_begins", "the trace's first token", "after the prefix of thinking mode", "trace begins", "t dotted"),
+    ("trace_tagged", "any other control token", "in the place of that token", "trace begins tagged", "t sparse"),
+    ("answer_begins", "the answer's first token", "after the prefix of non-thinking mode", "answer begins", "n"),
+    ("answer_blank", "a line break or the end", "in the place of that token", "answer begins blank", "n dotted"),
+    ("answer_tagged", "a control token", "in that place", "answer begins tagged", "n sparse"),
+    ("answer_closes", "the closing token", "after a whole non-thinking answer", "closes after the answer", "n dashed"),
+)
+"""The probe's figures: what each is a probability of, and where; its line over the steps, and how that is drawn."""
+
+
 def _probe(figures: Figures) -> str:
     if figures.at("/probe") is None:
         return ""
     rows = [
         [f"<b>{label}</b><span>{about}</span>", figures.with_interval(f"/probe/{name}", "probability")]
-        for name, label, about in (
-            ("closes", "the closing token", "after a whole reference trace"),
-            ("closes_inside", "the closing token, early", "inside the reference traces, mean over their places"),
-            ("closes_again", "the closing token, again", "after a whole answer of thinking mode"),
-            ("trace_begins", "the trace's first token", "after the prefix of thinking mode"),
-            ("trace_tagged", "any other control token", "in the place of that token"),
-            ("answer_begins", "the answer's first token", "after the prefix of non-thinking mode"),
-            ("answer_blank", "a line break or the end", "in the place of that token"),
-            ("answer_tagged", "a control token", "in that place"),
-            ("answer_closes", "the closing token, in place of the end", "after a whole answer of non-thinking mode"),
-        )
+        for name, label, about, _, _ in PROBE
     ]
     about = (
         f"Probabilities on {figures.one('/probe/samples', 'count')} reference rows, by one forward pass and without "
@@ -393,17 +397,7 @@ def _probe_history(figures: Figures) -> str:
                 if point.get(name) is not None
             ],
         )
-        for name, label, kind in (
-            ("closes", "closes after the trace", "t"),
-            ("closes_inside", "closes inside it", "t dashed"),
-            ("closes_again", "closes again", "t dashdot"),
-            ("trace_begins", "trace begins", "t dotted"),
-            ("trace_tagged", "trace begins tagged", "t sparse"),
-            ("answer_begins", "answer begins", "n"),
-            ("answer_blank", "answer begins blank", "n dotted"),
-            ("answer_tagged", "answer begins tagged", "n sparse"),
-            ("answer_closes", "closes after the answer", "n dashed"),
-        )
+        for name, _, _, label, kind in PROBE
     ]
     drawn = step_plot([line for line in lines if line.points], "The switch probe over the steps of training")
     return f'<p class="about">While it was trained, by step:</p><div class="wide">{drawn}</div>'
