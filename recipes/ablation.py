@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thinkfusion.following import follow_parent
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -409,7 +411,7 @@ def main() -> None:
     waiting = [job for job in jobs if not job.result.is_file()]
     print(f"{len(jobs)} rows, {len(results)} of them there already; {tokens:,} trained tokens each.", flush=True)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(options.processes, context, follow_parent, max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(run, job) for job in waiting]):
             if done.exception():
                 pool.shutdown(cancel_futures=True)  # or it would be told when all others are done

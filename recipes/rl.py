@@ -39,7 +39,8 @@ from thinkfusion import (
     save_recipe,
     save_report,
 )
-from thinkfusion.launching import follow_launcher, usable_cores
+from thinkfusion.following import follow_launcher
+from thinkfusion.launching import usable_cores
 
 gc.freeze()
 gc.enable()

@@ -48,7 +48,8 @@ from thinkfusion import (
     save_report,
 )
 from thinkfusion.evaluate_verb import verdict_lines
-from thinkfusion.launching import follow_launcher, usable_cores
+from thinkfusion.following import follow_launcher
+from thinkfusion.launching import usable_cores
 from thinkfusion.qlora import place
 from thinkfusion.saving import SavingError, last_checkpoint
 

@@ -16,8 +16,9 @@ FOLDER = Path(thinkfusion.__file__).parent
 ORDER = [
     *("modes", "tasks", "reading", "texts", "tool_calls", "messages", "conversations", "formats", "sources"),
     *("row_report", "records", "mixture", "shortening", "dialects", "chat_templates", "tokenising", "rendering"),
-    *("sequences", "storing", "preparing", "trees", "tree_attention", "packing", "weighting", "mode_sums", "moe"),
+    *("sequences", "storing", "following", "preparing", "trees", "tree_attention", "packing", "weighting", "mode_sums"),
     *(
+        "moe",
         "trainable",
         "four_bit",
         "quantising",

@@ -7,13 +7,9 @@ user counted on is missing. A recipe that calls `ensure_processes` first gets wh
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
-
-_PR_SET_PDEATHSIG = 1
 
 
 def usable_cores() -> int:
@@ -42,16 +38,6 @@ def ensure_processes() -> None:
     print(f"accelerate launches one process on a CPU; starting the {count} that were asked for.", file=sys.stderr)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", port]
     os.execv(sys.executable, [*command, *sys.argv])
-
-
-def follow_launcher() -> None:
-    """Get a SIGTERM when `accelerate launch` ends: it forwards none of its own, and leaves the training behind.
-
-    Linux tells a process of its parent's end (prctl, PR_SET_PDEATHSIG); elsewhere, and where no launcher is, this does
-    nothing. torchrun forwards signals by itself.
-    """
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def launched_alone(environment: Mapping[str, str]) -> bool:

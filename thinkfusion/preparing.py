@@ -23,6 +23,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
+from thinkfusion.following import follow_parent
 from thinkfusion.formats import RecordOptions
 from thinkfusion.mixture import MixtureOptions, SequenceTable, TokenAccount, select
 from thinkfusion.records import RowOutcome, account, check_report, open_rows
@@ -253,6 +254,7 @@ _maker: SequenceMaker | None = None
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
+    follow_parent()
     global _maker  # noqa: PLW0603 - one per worker process, made before its first chunk
     _maker = SequenceMaker(tokenizer, plan)
 

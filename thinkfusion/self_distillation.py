@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from thinkfusion.appending import AppendedRows, account_path
 from thinkfusion.digests import weights_digest
+from thinkfusion.following import follow_parent
 from thinkfusion.formats import RecordOptions, parse_row
 from thinkfusion.generation import Prompter, Sampling, as_read, generate
 from thinkfusion.grading import judge
@@ -411,6 +412,7 @@ _MAKER: list[PairMaker] = []
 def _begin(maker: PairMaker) -> None:
     import torch
 
+    follow_parent()
     torch.set_num_threads(1)
     _MAKER[:] = [maker]
 

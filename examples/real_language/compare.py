@@ -30,6 +30,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from thinkfusion.following import follow_parent
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -361,7 +363,7 @@ def finished(jobs: list[Job]) -> list[dict[str, Any]]:
 
 def in_a_process(job: Job) -> bool:
     """Run a point in a process of its own, whose memory goes with it; whether the time sufficed."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), follow_parent) as pool:
         return pool.submit(run, job).result()
 
 
